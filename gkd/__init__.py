@@ -1,0 +1,1 @@
+"""What is computed: contracts, divergences, objectives, configuration. Torch only: no Ray, vLLM or DeepSpeed."""

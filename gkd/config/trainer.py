@@ -1,0 +1,55 @@
+"""The `trainer` and `sync` sections."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from gkd.config.base import Count, NonNegative, NonNegativeInt, Positive, Section
+
+
+class TrainerConfig(Section):
+    """Optimisation."""
+
+    num_ranks: Count = 1
+    """Training processes."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed ZeRO stage: what is sharded over the ranks."""
+    max_steps: Count
+    """Optimizer steps of the whole run."""
+    batch_size: Count
+    """Sequences per optimizer step, over all ranks, samples of a prompt included."""
+    tokens_per_micro_batch: Count = 8192
+    """Most tokens, padding included, in one forward pass; a longer sequence passes alone."""
+    learning_rate: Positive
+    """Peak learning rate of AdamW."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay after warm-up, to 0 at `max_steps`."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    weight_decay: NonNegative = 0.0
+    """AdamW's decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's moment decays."""
+    grad_clip: NonNegative = 1.0
+    """Largest gradient norm; 0 is off."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the student's forward and backward pass."""
+    checkpoint_every: NonNegativeInt = 100
+    """Steps between checkpoints; 0 saves at the end only."""
+    keep_last: Count = 2
+    """Newest checkpoints that are kept."""
+
+
+class SyncConfig(Section):
+    """How weights reach the rollout engine, and how far it may lag."""
+
+    backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
+    """The wire."""
+    every_steps: Count = 1
+    """Optimizer steps between syncs."""
+    max_staleness: NonNegativeInt = 0
+    """Most optimizer steps between the weights that began a sample and those it trains; 0 is strictly on-policy."""
+    max_logprob_gap: Positive | None = 1e-3
+    """Largest |log p(engine) - log p(trainer)| in nats that passes after a sync; None only records it."""
+    bucket_mib: Positive = 64.0
+    """Size of the packed buckets that weights travel in, MiB."""

@@ -1,0 +1,115 @@
+"""What the parts ask of each other. `rollout` and `trainer` meet only here; `launch` gives each what it needs."""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from gkd.types import Prompt, Rollout, SampleId
+
+SignalRef = Any
+"""A handle to the signals of a scoring group, in whatever store the workers share; only the trainer opens it."""
+
+GroupKey = tuple[int, int]
+"""(optimizer step, number of the scoring group in it)."""
+
+WeightUpdate = Any
+"""What a weight sender hands to the receivers: one message a bucket, opaque to everyone between."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WeightBuckets:
+    """One version of the student on its way to the rollout engines."""
+
+    version: int
+    """Optimizer steps completed when the weights were read."""
+    updates: Sequence[WeightUpdate]
+    """One message a bucket, in order."""
+    num_bytes: int
+    """Bytes of weights that travel."""
+
+
+class WeightSender(Protocol):
+    """The trainer's end of a wire. Built inside the trainer's process from an import path."""
+
+    def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[WeightUpdate]:
+        """Send every tensor, packed; yields one message a bucket for the receivers.
+
+        Args:
+            weights: checkpoint name and tensor, each tensor once.
+            tied: alias -> name of the tensor it shares, for receivers that hold the alias as a module of its own.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredGroup:
+    """Signals of one scoring group."""
+
+    signals: SignalRef
+    """Handle to a list of signals, one per rollout of the group, in order."""
+    seconds: float
+    """How long the teacher worked on it."""
+    num_bytes: int
+    """Size of the signals."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredBatch:
+    """Everything one optimizer step needs."""
+
+    step: int
+    """The optimizer step, from 1."""
+    rollouts: tuple[Rollout, ...]
+    """In the order of the plan."""
+    groups: tuple[tuple[SampleId, ...], ...]
+    """Which samples were scored together."""
+    signals: tuple[SignalRef | None, ...]
+    """One handle per group; None where no teacher is asked."""
+    rollout_s: float
+    """From dispatch to the last rollout; 0 where the student wrote none."""
+    teacher_s: float
+    """Working time of the teacher on these groups."""
+    signal_bytes: int
+    """Size of the signals."""
+
+
+Post = Callable[[Callable[[], None]], None]
+"""Hands a callback from any thread to the pipeline's own thread, which runs it. An error it raises ends the run."""
+
+
+class Rollouts(Protocol):
+    """The rollout engines, as the pipeline sees them."""
+
+    def connect(self, post: Post, deliver: Callable[[Rollout], None]) -> None:
+        """Say where finished rollouts go: `deliver` is called through `post`, once for each."""
+        ...
+
+    def submit(self, prompts: Sequence[Prompt]) -> None:
+        """Start generating; rollouts are delivered one by one as they finish."""
+        ...
+
+
+class WeightReceivers(Protocol):
+    """The rollout engines, as the weight sync sees them."""
+
+    def update_weights(self, weights: WeightBuckets) -> None:
+        """Load new weights between two engine steps. Blocks until every engine has them."""
+        ...
+
+    def probe(self) -> Sequence[Rollout]:
+        """A short generation from the current weights, with log-probabilities, for the served = trained proof."""
+        ...
+
+
+class Teachers(Protocol):
+    """The teacher workers, as the pipeline sees them."""
+
+    def connect(self, post: Post, deliver: Callable[[GroupKey, ScoredGroup], None]) -> None:
+        """Say where scored groups go: `deliver` is called through `post`, once for each."""
+        ...
+
+    def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
+        """Score a group of rollouts; delivered under the same key when done."""
+        ...

@@ -1,0 +1,75 @@
+"""The contract of each hop: Prompt -> Rollout -> ScoredRollout -> (packed) micro-batch.
+
+Token ids travel as they were sampled, never as text to be tokenised again. Legend: T response tokens of one sequence,
+V shared vocabulary rows.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from gkd.signals import TeacherSignal
+
+Source = Literal["student", "dataset"]
+"""Who wrote a response: the student (on-policy) or the dataset (off-policy)."""
+
+StopReason = Literal["stop", "length", "dataset"]
+"""Why a response ends: a stop token was sampled; the length limit cut it; the dataset's record ends there."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class SampleId:
+    """The identity of one sample: every piece of work is named by it and can be done again."""
+
+    epoch: int
+    """Passes over the training data completed before this sample, from 0."""
+    prompt_index: int
+    """Index of the record in the training data as loaded, before any shuffling."""
+    sample_index: int
+    """Which of the prompt's samples, 0 <= sample_index < samples_per_prompt."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """A prompt ready for generation."""
+
+    id: SampleId
+    """Identity of the sample that this prompt will become."""
+    token_ids: tuple[int, ...]
+    """The prompt's tokens, at least one."""
+    completion_ids: tuple[int, ...] | None = None
+    """The dataset's completion with its stop token, where the record has one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A prompt with its response, exactly as the source emitted it."""
+
+    id: SampleId
+    """Identity of the sample."""
+    prompt_ids: tuple[int, ...]
+    """The prompt's tokens. Never in the loss."""
+    response_ids: tuple[int, ...]
+    """The T response tokens; ends in a stop token only if one was emitted."""
+    stop_reason: StopReason
+    """Why the response ends."""
+    source: Source
+    """Who wrote it."""
+    versions: tuple[int, int] | None
+    """(min, max) weight version (completed optimizer steps) while it was generated; None for dataset text."""
+    logprobs: tuple[float, ...] | None = None
+    """T log-probabilities of the sampled tokens under the raw sampler distribution, in nats, where asked for."""
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Prompt and response in one sequence."""
+        return self.prompt_ids + self.response_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoredRollout:
+    """A rollout with what the teacher says of its response."""
+
+    rollout: Rollout
+    """The scored sequence."""
+    signal: TeacherSignal | None
+    """The teacher's signal, one row per response token; None where the objective needs no teacher."""

@@ -1,0 +1,116 @@
+"""The `gkd` command."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from gkd.errors import UserError
+from gkd.version import __version__
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file; see configs/.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Such as trainer.max_steps=10.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gkd {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[bool, typer.Option("--version", callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Streaming on-policy distillation: a student learns from a teacher on text that the student itself writes.
+
+    Exit codes: 0 fine; 2 a mistake in the config, the data or the arguments; 130 interrupted after a checkpoint;
+    1 anything else.
+    """
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Train a student as CONFIG says, and export it. Goes on from the newest checkpoint if there is one."""
+    from gkd.config import load_config
+
+    parsed = load_config(config, overrides)
+    from launch.train import run_training  # imports transformers: only once the config is known to be good
+
+    run_training(parsed, Console())
+
+
+@app.command()
+def check(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Check CONFIG, its data and its models without starting anything."""
+    from gkd.config import load_config
+
+    parsed = load_config(config, overrides)
+    from launch.check import run_check
+
+    run_check(parsed, Console())
+
+
+@app.command("eval")
+def evaluate(
+    model: Annotated[str, typer.Argument(help="The student: a folder in Hugging Face format, or a hub name.")],
+    data: Annotated[Path, typer.Option(help='JSONL records {"prompt", "completion"?}.')],
+    teacher: Annotated[str | None, typer.Option(help="Measure the divergence to this model.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which a response is cut.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled responses.")] = 1.0,
+    divergence: Annotated[str, typer.Option(help="forward_kl, reverse_kl or generalized_jsd.")] = "reverse_kl",
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampled responses.")] = 0,
+    output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
+) -> None:
+    """Exact match of greedy responses, and divergence to a teacher on the student's own and on dataset responses."""
+    from launch.evaluate import EvalRequest, run_eval
+
+    request = EvalRequest(
+        model=model,
+        data=data,
+        teacher=teacher,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        divergence=divergence,
+        limit=limit,
+        seed=seed,
+    )
+    result = run_eval(request, Console())
+    table = Table("measure", "value")
+    for name, value in result.items():
+        table.add_row(name, "-" if value is None else f"{value:,.4f}" if isinstance(value, float) else f"{value:,}")
+    Console().print(table)
+    if output is not None:
+        import json
+
+        output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """Entry point: user mistakes become one message and exit code 2."""
+    try:
+        app()
+    except UserError as error:
+        Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
+        sys.exit(2)
+    except Exception as error:
+        if type(error).__name__ == "Interrupted":
+            typer.echo(str(error), err=True)
+            sys.exit(130)
+        raise
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

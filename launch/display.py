@@ -1,0 +1,112 @@
+"""What a user sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+_PLAIN_EVERY_S = 5.0
+
+
+@contextmanager
+def run_display(console: Console, name: str, *, completed_steps: int, max_steps: int) -> Iterator["Display"]:
+    """A display for one run; falls back to plain lines where there is no terminal."""
+    if not console.is_terminal:
+        yield PlainDisplay(console, name, completed_steps=completed_steps, max_steps=max_steps)
+        return
+    display = LiveDisplay(name, completed_steps=completed_steps, max_steps=max_steps)
+    with Live(display.panel, console=console, refresh_per_second=4) as live:
+        display.live = live
+        yield display
+
+
+class Display:
+    """Shows each step's metrics."""
+
+    def __init__(self, name: str, *, completed_steps: int, max_steps: int) -> None:
+        self._name = name
+        self._first_step = completed_steps
+        self._max_steps = max_steps
+        self._started = time.monotonic()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show one step."""
+        raise NotImplementedError
+
+    def _eta(self, step: int) -> str:
+        seconds = (time.monotonic() - self._started) / max(1, step - self._first_step) * (self._max_steps - step)
+        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+
+
+class PlainDisplay(Display):
+    """A line every few seconds, for logs."""
+
+    def __init__(self, console: Console, name: str, *, completed_steps: int, max_steps: int) -> None:
+        super().__init__(name, completed_steps=completed_steps, max_steps=max_steps)
+        self._console = console
+        self._last_line = 0.0
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """A line, if the last one is old enough or this is the first or last step."""
+        step, now = metrics["step"], time.monotonic()
+        if now - self._last_line < _PLAIN_EVERY_S and step != self._max_steps:
+            return
+        self._last_line = now
+        facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics))
+        self._console.print(
+            f"{self._name}  step {step}/{self._max_steps}  {facts}  eta {self._eta(step)}", soft_wrap=True, highlight=False
+        )
+
+
+class LiveDisplay(Display):
+    """A progress bar and a table that stay in place."""
+
+    live: Live
+
+    def __init__(self, name: str, *, completed_steps: int, max_steps: int) -> None:
+        super().__init__(name, completed_steps=completed_steps, max_steps=max_steps)
+        self._progress = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("step {task.completed}/{task.total}"),
+            TimeElapsedColumn(),
+            TextColumn("eta"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task(name, total=max_steps, completed=completed_steps)
+        self.panel = Group(self._progress)
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Redraw with this step."""
+        table = Table(box=None, padding=(0, 2))
+        facts = _facts(metrics)
+        for name, _ in facts:
+            table.add_column(name, justify="right")
+        table.add_row(*(value for _, value in facts))
+        self._progress.update(self._task, completed=metrics["step"])
+        self.panel = Group(self._progress, table)
+        self.live.update(self.panel)
+
+
+def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
+    """The few numbers worth watching: the loss, the on-policy share, each stage's tokens per second, the gap."""
+    gap = metrics["sync/logprob_gap_max"]
+    return [
+        ("loss", f"{metrics['loss/total']:.4f}"),
+        ("on-policy", f"{metrics['source/on_policy']:.0%}"),
+        ("rollout tok/s", _rate(metrics["tokens/generated"], metrics["time/rollout_s"])),
+        ("teacher tok/s", _rate(metrics["tokens/trained"], metrics["time/teacher_s"])),
+        ("train tok/s", _rate(metrics["tokens/trained"], metrics["time/train_s"])),
+        ("gap", "-" if gap is None else f"{gap:.1e}"),
+        ("step s", f"{metrics['time/step_s']:.2f}"),
+    ]
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens / seconds:,.0f}" if seconds > 0 and tokens else "-"

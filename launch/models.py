@@ -1,0 +1,84 @@
+"""What can be known of a model without loading its weights."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gkd.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """Facts from a model's config, tokenizer and generation config."""
+
+    path: str
+    """Folder or hub name."""
+    head_rows: int
+    """Rows of the head, padding included."""
+    context: int
+    """Most positions."""
+    head_dim: int
+    """Width of an attention head."""
+    stop_ids: frozenset[int]
+    """Tokens that end a response, from the tokenizer, the config and the generation config."""
+    tokenizer: Any
+    """Its tokenizer."""
+
+
+def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
+    """Read a model's facts.
+
+    Args:
+        path: folder or hub name.
+        field: the config field that named it, for messages.
+        need_weights: refuse a local folder without weights.
+
+    Raises:
+        UserError: if it is no causal language model with a tokenizer, or its weights are missing.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").exists():
+        raise UserError(field, path, "holds no config.json.", "Give a folder in Hugging Face format.")
+    if need_weights and folder.is_dir() and not _weight_files(folder):
+        raise UserError(
+            field, path, "holds no weights.", "Export the model there, or set student.init: random to train from scratch."
+        )
+    try:
+        config = AutoConfig.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
+        raise UserError(
+            field, path, f"cannot be read: {reason}.", "Give a folder in Hugging Face format, or a hub name."
+        ) from None
+    if config.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UserError(field, path, f"is a {config.model_type}, not a causal language model.", "Use another model.")
+    text = config.get_text_config()
+    return ModelFacts(
+        path=path,
+        head_rows=text.vocab_size,
+        context=getattr(text, "max_position_embeddings", None) or 2**31,
+        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < len(tokenizer)),
+        tokenizer=tokenizer,
+    )
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    return [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)]
+
+
+def _stop_ids(path: str, config: Any, tokenizer: Any) -> set[int]:
+    from transformers import GenerationConfig
+
+    try:
+        generation: Any = GenerationConfig.from_pretrained(path).eos_token_id
+    except OSError:  # most models trained from scratch have none
+        generation = None
+    found: set[int] = set()
+    for ids in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None), generation):
+        found |= set(ids if isinstance(ids, list) else [ids])
+    return found - {None}  # type: ignore[arg-type]

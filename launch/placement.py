@@ -1,0 +1,53 @@
+"""Which worker gets which resources, and whether they all fit, before anything starts."""
+
+from dataclasses import dataclass
+
+from gkd.config import Config
+from gkd.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One worker's share of the machine."""
+
+    worker: str
+    """`rollout`, `teacher` or `trainer`."""
+    num_cpus: float
+    """CPU share that Ray books for it."""
+    num_gpus: float
+    """GPUs that Ray books for it."""
+
+
+def plan_placement(config: Config, *, num_cpus: float, num_gpus: float) -> list[Place]:
+    """A place for every worker of the run.
+
+    On hosts without GPUs the workers take turns (while the trainer waits for rollouts it needs no core), so each books
+    a fraction of the CPUs; where there are GPUs every worker gets its own.
+
+    Raises:
+        UserError: if the workers do not fit.
+    """
+    workers = ["trainer"] * config.trainer.num_ranks
+    if config.needs_rollouts:
+        workers += ["rollout"] * config.rollout.num_actors
+    if config.needs_teacher and config.teacher is not None:
+        workers += ["teacher"] * config.teacher.num_actors
+    if num_gpus == 0:
+        share = min(1.0, int(100 * num_cpus / len(workers)) / 100)
+        if share == 0:
+            raise UserError("resources", f"{num_cpus} CPUs", "are too few for a worker.", "Free some CPUs.")
+        return [Place(worker, share, 0) for worker in workers]
+    per_worker = {"trainer": 1, "teacher": 1, "rollout": config.rollout.tensor_parallel_size}
+    needed = sum(per_worker[worker] for worker in workers)
+    if needed > num_gpus:
+        raise UserError(
+            "resources",
+            f"{num_gpus:g} GPUs",
+            f"are too few: {', '.join(workers)} need {needed}.",
+            "Lower the numbers of actors and ranks, or hide the GPUs (CUDA_VISIBLE_DEVICES='') to run on CPUs.",
+        )
+    if len(workers) > num_cpus:
+        raise UserError(
+            "resources", f"{num_cpus:g} CPUs", f"are too few for {len(workers)} workers.", "Use a host with more cores."
+        )
+    return [Place(worker, 1, per_worker[worker]) for worker in workers]

@@ -1,0 +1,124 @@
+"""Ray: started in-process, or joined where an address is given."""
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+
+from gkd.errors import UserError
+from launch.placement import Place
+
+_START_LIMIT_S = 300.0
+
+
+@contextmanager
+def ray_session() -> Iterator[None]:
+    """Have a Ray to work with: the running one, the cluster of RAY_ADDRESS, or one started here and stopped after."""
+    if ray.is_initialized():
+        yield
+        return
+    ray.init(
+        address=os.environ.get("RAY_ADDRESS"),
+        include_dashboard=False,
+        log_to_driver=False,
+        configure_logging=False,
+        **({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": os.cpu_count()}),
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def resources() -> tuple[float, float]:
+    """CPUs and GPUs: of the cluster if Ray runs or RAY_ADDRESS names one, else of this host."""
+    if ray.is_initialized():
+        total = ray.cluster_resources()
+        return total.get("CPU", 0.0), total.get("GPU", 0.0)
+    import torch
+
+    return float(os.cpu_count() or 1), float(torch.cuda.device_count())
+
+
+class Workers:
+    """Actors in one placement group; closing it ends them and frees their places."""
+
+    def __init__(self, places: list[Place]) -> None:
+        """Reserve all places at once, so that a run starts whole or not at all.
+
+        Raises:
+            UserError: if the cluster cannot give them.
+        """
+        from ray.util.placement_group import placement_group, remove_placement_group
+
+        self._places = places
+        self._free = list(range(len(places)))
+        self._actors: list[Any] = []
+        bundles = [
+            {"CPU": place.num_cpus} | ({"GPU": place.num_gpus} if place.num_gpus else {}) for place in places
+        ]
+        self._group = placement_group(bundles, strategy="PACK")
+        if not self._group.wait(timeout_seconds=60):
+            free = ray.available_resources()
+            remove_placement_group(self._group)
+            raise UserError(
+                "resources",
+                f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs free",
+                f"cannot hold the workers {', '.join(place.worker for place in places)}.",
+                "Stop what else runs on this Ray cluster, or lower the numbers of actors and ranks.",
+            )
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self._actors:
+            ray.kill(actor)
+        remove_placement_group(self._group)
+
+    def start(self, worker: str, actor_class: Any, settings: Any, env: dict[str, str] | None = None) -> Any:
+        """Start an actor on a place reserved for `worker`; returns at once, before the actor is up."""
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        index = next(i for i in self._free if self._places[i].worker == worker)
+        self._free.remove(index)
+        place = self._places[index]
+        actor = actor_class.options(
+            num_cpus=place.num_cpus,
+            num_gpus=place.num_gpus,
+            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
+            runtime_env={"env_vars": _environment(place) | (env or {})},
+        ).remote(settings)
+        self._actors.append(actor)
+        return actor
+
+    def wait_ready(self) -> None:
+        """Wait until every actor is up; an error in an actor's start is raised here."""
+        ray.get([actor.ready.remote() for actor in self._actors], timeout=_START_LIMIT_S)
+
+
+def _environment(place: Place) -> dict[str, str]:
+    """Environment of a worker. Ray would give a worker with a fraction of a CPU one thread; on CPU hosts they take
+    turns, so each may use every core."""
+    passed_on = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))}
+    threads = {} if place.num_gpus else {"OMP_NUM_THREADS": str(os.cpu_count()), "DS_ACCELERATOR": "cpu"}
+    return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | threads
+
+
+def rank_environment() -> dict[str, str]:
+    """What torch.distributed needs to know in the only training rank."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    return {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }

@@ -1,0 +1,88 @@
+"""`gkd train`: one run from preflight to export."""
+
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from rich.console import Console
+
+from gkd.config import Config
+from launch.build import build_parts, build_span
+from launch.display import run_display
+from launch.placement import plan_placement
+from launch.preflight import check
+from launch.ray_session import Workers, ray_session, resources
+from launch.run_folder import find_start, prepare
+from trainer.loop import train
+
+
+def run_training(config: Config, console: Console) -> Path:
+    """Train, and export the student. Returns the exported model's folder.
+
+    Raises:
+        UserError: before any worker starts, for anything that the user can mend.
+        trainer.loop.Interrupted: after a checkpoint, if a signal asked to stop.
+    """
+    export = config.run.output_dir.absolute() / "export"
+    facts = check(config)
+    start = find_start(config, facts.data_fingerprint)
+    if start.finished:
+        console.print(f"{config.run.name}: finished before; the model is in {export}")
+        return export
+    num_cpus, num_gpus = resources()
+    plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)  # refuse before Ray starts
+    for warning in facts.warnings:
+        console.print(f"[yellow]note:[/] {warning}")
+    prepare(config, start)
+    if start.checkpoint is not None:
+        console.print(f"{config.run.name}: going on after step {start.completed_steps}")
+
+    with ray_session():
+        num_cpus, num_gpus = resources()  # of the cluster, now that Ray runs
+        places = plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)
+        with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
+            with console.status(f"{config.run.name}: starting {', '.join(place.worker for place in places)}"):
+                display_limits = {"completed_steps": start.completed_steps, "max_steps": config.trainer.max_steps}
+            with run_display(console, config.run.name, **display_limits) as display:
+                parts = build_parts(
+                    config, facts, start, workers, report=display.show, stop_requested=stop_requested
+                )
+                train(parts, build_span(config, facts, start))
+            _export(parts.learner.export, export)
+    console.print(f"{config.run.name}: done; the model is in {export}")
+    return export
+
+
+def _export(export: Callable[[Path], None], folder: Path) -> None:
+    """Write the model aside, then rename: a folder named `export` is always whole."""
+    temporary = folder.with_name("export.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    export(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+@contextmanager
+def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
+    """The first SIGINT or SIGTERM asks for a checkpoint after the step; a second one ends the process at once."""
+    stop = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stop.is_set
+        return
+
+    def request(number: int, _frame: FrameType | None) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+        console.print(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
+
+    before = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop.is_set
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

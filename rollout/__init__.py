@@ -1,0 +1,1 @@
+"""How data is made: prompt streams, vLLM generation, teacher scoring and the weight wires."""

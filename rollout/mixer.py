@@ -1,0 +1,100 @@
+"""Which samples of a step the student writes itself, and how they are grouped for scoring.
+
+A step's plan is a pure function of the seed, the step and the data: nothing about it depends on what finishes when.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from gkd.packing import split_by_tokens
+from gkd.seeds import generator
+from gkd.types import Prompt, Rollout, SampleId
+from rollout.prompts import PromptStream
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What one optimizer step trains on, before anything is generated."""
+
+    step: int
+    """The optimizer step, from 1."""
+    samples: tuple[SampleId, ...]
+    """Every sample, in the order of the batch."""
+    on_policy: tuple[Prompt, ...]
+    """Prompts that the student answers."""
+    off_policy: tuple[Rollout, ...]
+    """Samples whose response is the dataset's."""
+    groups: tuple[tuple[SampleId, ...], ...]
+    """Scoring groups: each is scored in one batch as soon as all its members are there. Every sample is in one."""
+
+
+class Mixer:
+    """Plans the steps: on-policy with probability lambda (GKD, arXiv 2306.13649, Algorithm 1)."""
+
+    def __init__(
+        self,
+        stream: PromptStream,
+        *,
+        seed: int,
+        batch_size: int,
+        on_policy_fraction: float,
+        mixing: Literal["per_step", "per_sample"],
+        max_new_tokens: int,
+        group_tokens: int,
+        group_sequences: int,
+    ) -> None:
+        """Args are the config's; `group_tokens` bounds a scoring group counted with the longest possible responses."""
+        self._stream = stream
+        self._seed = seed
+        self._batch_size = batch_size
+        self._on_policy_fraction = on_policy_fraction
+        self._mixing = mixing
+        self._max_new_tokens = max_new_tokens
+        self._group_tokens = group_tokens
+        self._group_sequences = group_sequences
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of optimizer step `step`, from 1."""
+        first = (step - 1) * self._batch_size
+        prompts = [self._stream.sample(first + i) for i in range(self._batch_size)]
+        mask = self._draw(step)
+        on_policy = tuple(prompt for prompt, student in zip(prompts, mask, strict=True) if student)
+        off_policy = tuple(_from_dataset(prompt) for prompt, student in zip(prompts, mask, strict=True) if not student)
+        return StepPlan(
+            step=step,
+            samples=tuple(prompt.id for prompt in prompts),
+            on_policy=on_policy,
+            off_policy=off_policy,
+            groups=self._group(prompts, mask),
+        )
+
+    def _draw(self, step: int) -> list[bool]:
+        random = generator(self._seed, "mixing", step)
+        if self._mixing == "per_step":
+            return [bool(random.random() < self._on_policy_fraction)] * self._batch_size
+        return (random.random(self._batch_size) < self._on_policy_fraction).tolist()
+
+    def _group(self, prompts: Sequence[Prompt], mask: Sequence[bool]) -> tuple[tuple[SampleId, ...], ...]:
+        """Groups by what is known before generation, off-policy samples apart: they need not wait for the engine."""
+        groups: list[tuple[SampleId, ...]] = []
+        for student in (False, True):
+            members = [prompt for prompt, is_student in zip(prompts, mask, strict=True) if is_student == student]
+            lengths = [
+                len(p.token_ids) + (self._max_new_tokens if student else len(p.completion_ids or ())) for p in members
+            ]
+            for group in split_by_tokens(lengths, self._group_tokens, max_sequences=self._group_sequences):
+                groups.append(tuple(members[i].id for i in group))
+        return tuple(groups)
+
+
+def _from_dataset(prompt: Prompt) -> Rollout:
+    assert prompt.completion_ids is not None, "records without completion are refused before training"
+    return Rollout(
+        id=prompt.id,
+        prompt_ids=prompt.token_ids,
+        response_ids=prompt.completion_ids,
+        stop_reason="dataset",
+        source="dataset",
+        versions=None,
+    )

@@ -1,0 +1,184 @@
+"""The background pipeline: prompts -> rollouts -> teacher signals -> full batches, ahead of the trainer by a bound.
+
+One thread runs every callback, so nothing here is locked but the hand-over to the trainer.
+
+| waits for | consumes | produces | unblocked by |
+|---|---|---|---|
+| the window (trained version + max_staleness) | step plans | prompts in flight | `release` |
+| rollouts of a scoring group | rollouts | groups at the teacher | a sequence that finishes |
+| groups of a step | signals | a scored batch | the teacher |
+| `take` (the trainer) | scored batches | | the pipeline |
+
+Staleness is bounded by construction: step s is dispatched once version s - 1 - max_staleness is published, so the
+weights that begin a sample are at most max_staleness optimizer steps older than those it trains.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from gkd.interfaces import GroupKey, Rollouts, ScoredBatch, ScoredGroup, Teachers
+from gkd.types import Rollout, SampleId
+from rollout.mixer import Mixer, StepPlan
+
+
+@dataclass(slots=True)
+class _Assembly:
+    """A step that is being put together."""
+
+    plan: StepPlan
+    started: float
+    group_of: dict[SampleId, int]
+    rollouts: dict[SampleId, Rollout] = field(default_factory=dict)
+    missing: list[int] = field(default_factory=list)
+    """Per group, members that have not finished."""
+    scored: dict[int, ScoredGroup] = field(default_factory=dict)
+    rollout_s: float = 0.0
+
+
+class Pipeline:
+    """Runs ahead of the trainer within the staleness bound; nothing that finished is thrown away."""
+
+    def __init__(
+        self,
+        mixer: Mixer,
+        rollouts: Rollouts,
+        teachers: Teachers,
+        *,
+        first_step: int,
+        last_step: int,
+        max_staleness: int,
+        timeout_s: float,
+    ) -> None:
+        """Plan steps `first_step` to `last_step`; give up if nothing finishes for `timeout_s` seconds."""
+        self._mixer = mixer
+        self._rollouts = rollouts
+        self._teachers = teachers
+        self._next_step = first_step
+        self._last_step = last_step
+        self._max_staleness = max_staleness
+        self._timeout_s = timeout_s
+        self._callbacks: queue.Queue[Callable[[], None] | None] = queue.Queue()
+        self._assemblies: dict[int, _Assembly] = {}
+        self._step_of: dict[SampleId, int] = {}
+        self._ready: queue.Queue[ScoredBatch | BaseException] = queue.Queue()
+        self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
+        rollouts.connect(self._callbacks.put, self._rollout_finished)
+        teachers.connect(self._callbacks.put, self._group_scored)
+
+    def __enter__(self) -> "Pipeline":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._callbacks.put(None)
+        self._thread.join()
+
+    def release(self, version: int) -> None:
+        """Version `version` is published: let the prompts of later steps go."""
+        self._callbacks.put(lambda: self._dispatch(version))
+
+    def take(self) -> ScoredBatch:
+        """The next step's batch, in step order. Blocks.
+
+        Raises:
+            TimeoutError: if no worker finished anything for `timeout_s`.
+            Exception: whatever ended a worker.
+        """
+        batch = self._ready.get()
+        if isinstance(batch, BaseException):
+            raise batch
+        return batch
+
+    def _run(self) -> None:
+        try:
+            while (callback := self._next_callback()) is not None:
+                callback()
+        except BaseException as error:  # handed to the trainer's thread, which raises it from `take`
+            self._ready.put(error)
+
+    def _next_callback(self) -> Callable[[], None] | None:
+        """Waits without end while there is nothing to wait for, and with a deadline while work is out."""
+        try:
+            return self._callbacks.get(timeout=self._timeout_s if self._assemblies else None)
+        except queue.Empty:
+            raise TimeoutError(
+                f"no rollout and no teacher signal finished in {self._timeout_s:g} s while steps "
+                f"{sorted(self._assemblies)} were being made (rollout.timeout_s sets this limit)"
+            ) from None
+
+    def _dispatch(self, version: int) -> None:
+        while self._next_step <= min(version + 1 + self._max_staleness, self._last_step):
+            plan = self._mixer.plan(self._next_step)
+            self._next_step += 1
+            group_of = {sample: number for number, group in enumerate(plan.groups) for sample in group}
+            self._assemblies[plan.step] = _Assembly(
+                plan, time.perf_counter(), group_of, missing=[len(group) for group in plan.groups]
+            )
+            self._step_of |= dict.fromkeys(group_of, plan.step)
+            if plan.on_policy:
+                self._rollouts.submit(plan.on_policy)
+            for rollout in plan.off_policy:
+                self._rollout_finished(rollout)
+
+    def _rollout_finished(self, rollout: Rollout) -> None:
+        step = self._step_of.pop(rollout.id)
+        assembly = self._assemblies[step]
+        assembly.rollouts[rollout.id] = rollout
+        if rollout.source == "student":
+            assembly.rollout_s = time.perf_counter() - assembly.started
+        group = assembly.group_of[rollout.id]
+        assembly.missing[group] -= 1
+        if assembly.missing[group] == 0:
+            members: Sequence[Rollout] = [assembly.rollouts[sample] for sample in assembly.plan.groups[group]]
+            self._teachers.submit((step, group), members)
+
+    def _group_scored(self, key: GroupKey, scored: ScoredGroup) -> None:
+        step, group = key
+        assembly = self._assemblies[step]
+        assembly.scored[group] = scored
+        # Batches leave in step order: a later step that is complete waits for the earlier one.
+        while self._assemblies and self._is_complete(first := min(self._assemblies)):
+            self._ready.put(_finish(self._assemblies.pop(first)))
+
+    def _is_complete(self, step: int) -> bool:
+        assembly = self._assemblies[step]
+        return len(assembly.scored) == len(assembly.plan.groups)
+
+
+def _finish(assembly: _Assembly) -> ScoredBatch:
+    scored = [assembly.scored[group] for group in range(len(assembly.plan.groups))]
+    return ScoredBatch(
+        step=assembly.plan.step,
+        rollouts=tuple(assembly.rollouts[sample] for sample in assembly.plan.samples),
+        groups=assembly.plan.groups,
+        signals=tuple(group.signals for group in scored),
+        rollout_s=assembly.rollout_s,
+        teacher_s=sum(group.seconds for group in scored),
+        signal_bytes=sum(group.num_bytes for group in scored),
+    )
+
+
+class NoTeacher:
+    """In the teachers' place where the objective needs none: every group is scored at once, with nothing."""
+
+    def connect(self, post: object, deliver: Callable[[GroupKey, ScoredGroup], None]) -> None:
+        """Only `deliver` matters: groups are submitted on the pipeline's thread."""
+        self._deliver = deliver
+
+    def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
+        """Deliver an empty signal."""
+        self._deliver(key, ScoredGroup(signals=None, seconds=0.0, num_bytes=0))
+
+
+class NoRollouts:
+    """In the engines' place where every sample is the dataset's."""
+
+    def connect(self, post: object, deliver: object) -> None:
+        """Nothing will be delivered."""
+
+    def submit(self, prompts: Sequence[object]) -> None:
+        """Never called: no plan has on-policy prompts."""
+        raise AssertionError("no rollout engine was started, yet a step has on-policy prompts")

@@ -1,0 +1,1 @@
+"""Weight wires: one file per wire, both ends in it."""

@@ -1,0 +1,160 @@
+"""The `object_store` wire: packed buckets of weights through Ray's object store, for CPU hosts and across nodes.
+
+The trainer packs its weights into buckets and returns each as one object; every engine on a node reads the same copy.
+Assumptions: sender and receivers are workers of one Ray cluster; the driver owns the objects; a bucket fits into the
+object store. vLLM finds the receiver through its plug-in entry point (`register`), in every process it starts. vllm is
+imported only there: the trainer's process builds transformers models, which must happen without vllm.
+"""
+
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import torch
+
+BACKEND = "object_store"
+_ALIGNMENT = 64  # bytes; lets every tensor be viewed in place, whatever its neighbours' dtypes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bucket:
+    """Several tensors in one block of memory."""
+
+    names: tuple[str, ...]
+    """Checkpoint names, as `save_pretrained` writes them."""
+    dtypes: tuple[torch.dtype, ...]
+    """One per tensor."""
+    shapes: tuple[tuple[int, ...], ...]
+    """One per tensor."""
+    offsets: tuple[int, ...]
+    """First byte of each tensor in `data`."""
+    data: np.ndarray
+    """[bytes] uint8."""
+    tied: dict[str, str]
+    """Alias -> name of a tensor of this bucket that shares its memory."""
+
+    def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, sharing memory with `data`: do not write to them."""
+        with warnings.catch_warnings():
+            # Arrays from the object store are read-only, which torch can only warn about; nothing writes to them.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            block = torch.from_numpy(self.data)
+        for name, dtype, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True):
+            num_bytes = torch.Size(shape).numel() * dtype.itemsize
+            yield name, block[offset : offset + num_bytes].view(dtype).view(shape)
+
+
+class ObjectStoreSender:
+    """The trainer's end: packs tensors into buckets."""
+
+    def __init__(self, *, bucket_bytes: int) -> None:
+        """`bucket_bytes` is the size at which a bucket is closed; a larger tensor gets a bucket of its own."""
+        self._bucket_bytes = bucket_bytes
+
+    def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[Bucket]:
+        """Yield the buckets in order, each built only when it is asked for."""
+        waiting: list[tuple[str, torch.Tensor]] = []
+        waiting_bytes = 0
+        for name, tensor in weights:
+            if waiting and waiting_bytes + tensor.nbytes > self._bucket_bytes:
+                yield _pack(waiting, tied)
+                waiting, waiting_bytes = [], 0
+            waiting.append((name, tensor))
+            waiting_bytes += tensor.nbytes
+        if waiting:
+            yield _pack(waiting, tied)
+
+
+def _pack(tensors: list[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Bucket:
+    offsets, end = [], 0
+    for _, tensor in tensors:
+        offsets.append(end)
+        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
+    data = np.empty(end, dtype=np.uint8)
+    block = torch.from_numpy(data)
+    for offset, (_, tensor) in zip(offsets, tensors, strict=True):
+        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        block[offset : offset + tensor.nbytes].copy_(flat)
+    names = tuple(name for name, _ in tensors)
+    return Bucket(
+        names=names,
+        dtypes=tuple(tensor.dtype for _, tensor in tensors),
+        shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
+        offsets=tuple(offsets),
+        data=data,
+        tied={alias: name for alias, name in tied.items() if name in names},
+    )
+
+
+def named_for_engine(bucket: Bucket, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The bucket's tensors, and its aliases where the engine's model holds them.
+
+    With tied embeddings some of vLLM's models keep a head module of their own (Qwen2, GPT-2, OPT): if they are not sent
+    the alias they serve the *old* head, silently. Others have no such module (Gemma-2) and refuse it.
+    """
+    held = {name.rpartition(".")[2] for name, _ in model.named_modules(remove_duplicate=False)}
+    aliases = {name: alias for alias, name in bucket.tied.items() if alias.split(".")[-2] in held}
+    for name, tensor in bucket.tensors():
+        yield name, tensor
+        if name in aliases:
+            yield aliases[name], tensor
+
+
+def register() -> None:
+    """Make the receiver known to vLLM. Called by vLLM in each of its processes (entry point `vllm.general_plugins`)."""
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    if BACKEND not in WeightTransferEngineFactory._registry:  # vLLM may load plug-ins several times
+        WeightTransferEngineFactory.register_engine(BACKEND, _receiver_class())
+
+
+def _receiver_class() -> type:
+    from vllm.distributed.weight_transfer.base import (
+        WeightTransferEngine,
+        WeightTransferInitInfo,
+        WeightTransferUpdateInfo,
+    )
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    @dataclass
+    class InitInfo(WeightTransferInitInfo):
+        """Nothing to agree on."""
+
+    @dataclass
+    class UpdateInfo(WeightTransferUpdateInfo):
+        """One bucket."""
+
+        bucket: "Bucket | ray.ObjectRef"
+
+    class ObjectStoreReceiver(WeightTransferEngine):
+        """The engine's end: reads buckets and reloads the model from them."""
+
+        init_info_cls = InitInfo
+        update_info_cls = UpdateInfo
+
+        def init_transfer_engine(self, init_info: InitInfo) -> None:
+            """There is no connection to open."""
+
+        def start_weight_update(self) -> None:
+            # vLLM repacks linear weights for its kernels; `load_weights` alone would write into nothing.
+            initialize_layerwise_reload(self.model)
+
+        def update_weights(self, update_info: dict) -> None:
+            # The base class synchronises an accelerator here, and CPU hosts have none.
+            self.receive_weights(self.parse_update_info(update_info))
+
+        def receive_weights(self, update_info: UpdateInfo) -> None:
+            bucket = update_info.bucket
+            if isinstance(bucket, ray.ObjectRef):
+                bucket = ray.get(bucket)
+            self.model.load_weights(named_for_engine(bucket, self.model))
+
+        def finish_weight_update(self) -> None:
+            finalize_layerwise_reload(self.model, self.model_config)
+
+        def shutdown(self) -> None:
+            """There is nothing to release."""
+
+    return ObjectStoreReceiver

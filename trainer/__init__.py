@@ -1,0 +1,1 @@
+"""How the student learns: the loop, the optimizer step, checkpoints and records."""
