@@ -1,9 +1,7 @@
 """What a user sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -13,63 +11,60 @@ from rich.table import Table
 _PLAIN_EVERY_S = 5.0
 
 
-@contextmanager
-def run_display(console: Console, name: str, *, completed_steps: int, max_steps: int) -> Iterator["Display"]:
-    """A display for one run; falls back to plain lines where there is no terminal."""
-    if not console.is_terminal:
-        yield PlainDisplay(console, name, completed_steps=completed_steps, max_steps=max_steps)
-        return
-    display = LiveDisplay(name, completed_steps=completed_steps, max_steps=max_steps)
-    with Live(display.panel, console=console, refresh_per_second=4) as live:
-        display.live = live
-        yield display
+class Display(Protocol):
+    """Shows each step's metrics, while it is open."""
 
+    def __enter__(self) -> "Display": ...
 
-class Display:
-    """Shows each step's metrics."""
-
-    def __init__(self, name: str, *, completed_steps: int, max_steps: int) -> None:
-        self._name = name
-        self._first_step = completed_steps
-        self._max_steps = max_steps
-        self._started = time.monotonic()
+    def __exit__(self, *_: object) -> None: ...
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Show one step."""
-        raise NotImplementedError
-
-    def _eta(self, step: int) -> str:
-        seconds = (time.monotonic() - self._started) / max(1, step - self._first_step) * (self._max_steps - step)
-        return f"{seconds // 60:.0f}:{seconds % 60:02.0f}"
+        ...
 
 
-class PlainDisplay(Display):
+def make_display(console: Console, name: str, completed_steps: int, max_steps: int) -> Display:
+    """A live panel where the console is a terminal, else plain lines."""
+    kind = LiveDisplay if console.is_terminal else PlainDisplay
+    return kind(console, name, completed_steps, max_steps)
+
+
+class PlainDisplay:
     """A line every few seconds, for logs."""
 
-    def __init__(self, console: Console, name: str, *, completed_steps: int, max_steps: int) -> None:
-        super().__init__(name, completed_steps=completed_steps, max_steps=max_steps)
+    def __init__(self, console: Console, name: str, completed_steps: int, max_steps: int) -> None:
         self._console = console
+        self._name = name
+        self._first_step = completed_steps
+        self._max_steps = max_steps
         self._last_line = 0.0
 
+    def __enter__(self) -> "PlainDisplay":
+        self._started = time.monotonic()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing stays open."""
+
     def show(self, metrics: dict[str, Any]) -> None:
-        """A line, if the last one is old enough or this is the first or last step."""
+        """A line, if the last one is old enough or this is the last step."""
         step, now = metrics["step"], time.monotonic()
         if now - self._last_line < _PLAIN_EVERY_S and step != self._max_steps:
             return
         self._last_line = now
         facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics))
+        seconds = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
         self._console.print(
-            f"{self._name}  step {step}/{self._max_steps}  {facts}  eta {self._eta(step)}", soft_wrap=True, highlight=False
+            f"{self._name}  step {step}/{self._max_steps}  {facts}  eta {seconds // 60:.0f}:{seconds % 60:02.0f}",
+            soft_wrap=True,
+            highlight=False,
         )
 
 
-class LiveDisplay(Display):
+class LiveDisplay:
     """A progress bar and a table that stay in place."""
 
-    live: Live
-
-    def __init__(self, name: str, *, completed_steps: int, max_steps: int) -> None:
-        super().__init__(name, completed_steps=completed_steps, max_steps=max_steps)
+    def __init__(self, console: Console, name: str, completed_steps: int, max_steps: int) -> None:
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -78,9 +73,18 @@ class LiveDisplay(Display):
             TimeElapsedColumn(),
             TextColumn("eta"),
             TimeRemainingColumn(),
+            console=console,
         )
         self._task = self._progress.add_task(name, total=max_steps, completed=completed_steps)
-        self.panel = Group(self._progress)
+        self._live = Live(self._progress, console=console, refresh_per_second=4)
+
+    def __enter__(self) -> "LiveDisplay":
+        self._progress.reset(self._task, completed=int(self._progress.tasks[0].completed))
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Redraw with this step."""
@@ -90,8 +94,7 @@ class LiveDisplay(Display):
             table.add_column(name, justify="right")
         table.add_row(*(value for _, value in facts))
         self._progress.update(self._task, completed=metrics["step"])
-        self.panel = Group(self._progress, table)
-        self.live.update(self.panel)
+        self._live.update(Group(self._progress, table))
 
 
 def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:

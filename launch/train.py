@@ -12,7 +12,7 @@ from rich.console import Console
 
 from gkd.config import Config
 from launch.build import build_parts, build_span
-from launch.display import run_display
+from launch.display import make_display
 from launch.placement import plan_placement
 from launch.preflight import check
 from launch.ray_session import Workers, ray_session, resources
@@ -45,12 +45,12 @@ def run_training(config: Config, console: Console) -> Path:
         num_cpus, num_gpus = resources()  # of the cluster, now that Ray runs
         places = plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)
         with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
+            display = make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
             with console.status(f"{config.run.name}: starting {', '.join(place.worker for place in places)}"):
-                display_limits = {"completed_steps": start.completed_steps, "max_steps": config.trainer.max_steps}
-            with run_display(console, config.run.name, **display_limits) as display:
                 parts = build_parts(
                     config, facts, start, workers, report=display.show, stop_requested=stop_requested
                 )
+            with display:
                 train(parts, build_span(config, facts, start))
             _export(parts.learner.export, export)
     console.print(f"{config.run.name}: done; the model is in {export}")

@@ -1,0 +1,195 @@
+"""`gkd eval`: how often a model is right, and how far it is from its teacher."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from pydantic import TypeAdapter, ValidationError
+from rich.console import Console
+
+from gkd.config.objective import DivergenceConfig, Reserved
+from gkd.errors import NotBuiltYet, UserError
+from gkd.evaluation import exact_match
+from gkd.packing import split_by_tokens
+from gkd.types import Prompt, Rollout, SampleId
+from gkd.vocabulary import require_same_tokenizer, shared_rows
+from launch.models import ModelFacts, read_model
+from launch.placement import Place
+from launch.preflight import check_head_dim, host_has_gpu
+from launch.ray_session import Workers, ray_session, resources
+from rollout.hf_teacher import TeacherSettings
+from rollout.prompts import TokenizedRecord, read_jsonl, tokenize
+from rollout.rollout_actor import RolloutActor, generate
+from rollout.teacher_actor import TeacherActor
+from rollout.vllm_generator import GeneratorSettings
+from trainer.evaluation_actor import EvaluationActor, EvaluationSettings
+
+_TIMEOUT_S = 600.0
+_TOKENS_PER_BATCH = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalRequest:
+    """What `gkd eval` was asked."""
+
+    model: str
+    """The student: folder or hub name."""
+    data: Path
+    """JSONL records."""
+    teacher: str | None
+    """Folder or hub name; None measures exact match alone."""
+    max_new_tokens: int
+    """Length at which a response is cut."""
+    temperature: float
+    """Of the sampled responses; the greedy ones have none."""
+    divergence: str
+    """Type of the divergence to the teacher."""
+    limit: int | None
+    """Use the first records only."""
+    seed: int
+    """Of the sampled responses."""
+
+
+def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | None]:
+    """Measure a model.
+
+    Returns:
+        `records`, `overlong_records`, `exact_match` (greedy, over the records with a completion),
+        `divergence_on_student` (mean per token on the student's own fresh samples) and `divergence_on_dataset` (on the
+        dataset's completions), each None where it does not apply, with the numbers of tokens behind them.
+
+    Raises:
+        UserError: before any worker starts, for anything that the user can mend.
+    """
+    divergence = _parse_divergence(request.divergence)
+    records = read_jsonl(request.data, field="--data")[: request.limit]
+    student = read_model(request.model, field="MODEL", need_weights=True)
+    check_head_dim(student, field="MODEL")
+    teacher = None
+    if request.teacher is not None:
+        teacher = read_model(request.teacher, field="--teacher", need_weights=True)
+        require_same_tokenizer(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
+    context = min(model.context for model in (student, teacher) if model is not None)
+    if request.max_new_tokens >= context:
+        raise UserError("--max-new-tokens", request.max_new_tokens, f"fills a context of {context}.", "Lower it.")
+    data = tokenize(
+        records, student.tokenizer, max_prompt_tokens=context - request.max_new_tokens, max_tokens=context
+    )
+    prompts = [Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids) for r in data.records]
+
+    with ray_session():
+        names = ["rollout", *(["teacher", "student"] if teacher else [])]
+        with Workers(_places(names)) as workers:
+            settings = _generator_settings(request, student, data.longest_prompt, prompts)
+            engine = workers.start("rollout", RolloutActor, settings)
+            scorer = None
+            if teacher is not None:
+                scorer = _Scorer(
+                    workers, request, divergence, shared_rows(student.head_rows, teacher.head_rows, len(student.tokenizer))
+                )
+            with console.status(f"{request.model}: starting {', '.join(names)}"):
+                workers.wait_ready()
+            with console.status(f"{request.model}: answering {len(prompts)} prompts"):
+                greedy = generate(engine, prompts, temperature=0.0, timeout_s=_TIMEOUT_S)
+                sampled = (
+                    generate(engine, prompts, temperature=request.temperature, timeout_s=_TIMEOUT_S) if scorer else []
+                )
+            with console.status(f"{request.model}: comparing with the teacher"):
+                on_student = scorer.mean(sampled) if scorer else (None, 0)
+                on_dataset = scorer.mean(_dataset_rollouts(data.records)) if scorer else (None, 0)
+    return {
+        "records": len(data.records),
+        "overlong_records": data.num_overlong,
+        "exact_match": _exact_match(greedy, [records[r.index].completion for r in data.records], student),
+        "divergence_on_student": on_student[0],
+        "divergence_on_dataset": on_dataset[0],
+        "student_tokens": on_student[1],
+        "dataset_tokens": on_dataset[1],
+    }
+
+
+class _Scorer:
+    """Teacher and student side by side, for the divergence between them."""
+
+    def __init__(self, workers: Workers, request: EvalRequest, divergence: DivergenceConfig, rows: int) -> None:
+        assert request.teacher is not None
+        teacher = TeacherSettings(model=request.teacher, dtype="float32", rows=rows)
+        self._teacher = workers.start("teacher", TeacherActor, teacher)
+        student = EvaluationSettings(model=request.model, divergence=divergence)
+        self._student = workers.start("student", EvaluationActor, student)
+
+    def mean(self, rollouts: Sequence[Rollout]) -> tuple[float | None, int]:
+        """Mean per response token, and the number of tokens."""
+        total, count = 0.0, 0
+        for group in split_by_tokens([len(r.token_ids) for r in rollouts], _TOKENS_PER_BATCH):
+            members = [rollouts[i] for i in group]
+            _, signals = self._teacher.score.remote(members)
+            part, tokens = ray.get(self._student.divergence.remote(members, signals), timeout=_TIMEOUT_S)
+            total, count = total + part, count + tokens
+        return (total / count if count else None), count
+
+
+def _parse_divergence(kind: str) -> DivergenceConfig:
+    try:
+        parsed: Any = TypeAdapter(DivergenceConfig).validate_python({"type": kind})
+    except ValidationError:
+        known = "forward_kl, reverse_kl, generalized_jsd"
+        raise UserError("--divergence", kind, "is not a known type.", f"Use one of: {known}.") from None
+    if isinstance(parsed, Reserved):
+        raise NotBuiltYet("--divergence", kind, "Use forward_kl, reverse_kl or generalized_jsd.")
+    return parsed
+
+
+def _places(names: Sequence[str]) -> list[Place]:
+    num_cpus, num_gpus = resources()
+    if num_gpus:
+        return [Place(name, 1, 1 if num_gpus >= len(names) else num_gpus / len(names)) for name in names]
+    return [Place(name, min(1.0, int(100 * num_cpus / len(names)) / 100), 0) for name in names]
+
+
+def _generator_settings(
+    request: EvalRequest, student: ModelFacts, longest_prompt: int, prompts: Sequence[Prompt]
+) -> GeneratorSettings:
+    return GeneratorSettings(
+        model=request.model,
+        load_weights=True,
+        seed=request.seed,
+        temperature=request.temperature,
+        top_p=1.0,
+        max_new_tokens=request.max_new_tokens,
+        max_model_len=longest_prompt + request.max_new_tokens,
+        max_concurrent=256,
+        vocabulary=len(student.tokenizer),
+        stop_ids=tuple(sorted(student.stop_ids)),
+        probe_prompts=(prompts[0].token_ids,),
+        on_gpu=host_has_gpu(),
+        kv_cache_gib=1.0,
+        gpu_memory_utilization=0.5,
+        weight_backend="object_store",
+    )
+
+
+def _dataset_rollouts(records: Sequence[TokenizedRecord]) -> list[Rollout]:
+    return [
+        Rollout(
+            id=SampleId(0, record.index, 0),
+            prompt_ids=record.prompt_ids,
+            response_ids=record.completion_ids,
+            stop_reason="dataset",
+            source="dataset",
+            versions=None,
+        )
+        for record in records
+        if record.completion_ids is not None
+    ]
+
+
+def _exact_match(rollouts: Sequence[Rollout], references: Sequence[str | None], student: ModelFacts) -> float | None:
+    pairs = [
+        (student.tokenizer.decode([i for i in rollout.response_ids if i not in student.stop_ids]), reference)
+        for rollout, reference in zip(rollouts, references, strict=True)
+        if reference is not None
+    ]
+    return exact_match([response for response, _ in pairs], [reference for _, reference in pairs]) if pairs else None
