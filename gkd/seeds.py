@@ -1,4 +1,4 @@
-"""Seeds derived from what they are for. No generator's state has to be saved: a resumed run derives the same numbers."""
+"""Seeds derived from what they are for. Nothing has to be saved: a resumed run derives the same numbers."""
 
 import hashlib
 

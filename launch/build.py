@@ -91,9 +91,7 @@ def count_workers(places: list[Place]) -> str:
 
 def _mixer(config: Config, facts: Facts) -> Mixer:
     return Mixer(
-        PromptStream(
-            facts.data.records, seed=config.run.seed, samples_per_prompt=config.rollout.samples_per_prompt
-        ),
+        PromptStream(facts.data.records, seed=config.run.seed, samples_per_prompt=config.rollout.samples_per_prompt),
         seed=config.run.seed,
         batch_size=config.trainer.batch_size,
         on_policy_fraction=config.on_policy_fraction,

@@ -74,9 +74,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     context = min(model.context for model in (student, teacher) if model is not None)
     if request.max_new_tokens >= context:
         raise UserError("--max-new-tokens", request.max_new_tokens, f"fills a context of {context}.", "Lower it.")
-    data = tokenize(
-        records, student.tokenizer, max_prompt_tokens=context - request.max_new_tokens, max_tokens=context
-    )
+    data = tokenize(records, student.tokenizer, max_prompt_tokens=context - request.max_new_tokens, max_tokens=context)
     prompts = [Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids) for r in data.records]
 
     with ray_session():
@@ -87,7 +85,10 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
             scorer = None
             if teacher is not None:
                 scorer = _Scorer(
-                    workers, request, divergence, shared_rows(student.head_rows, teacher.head_rows, len(student.tokenizer))
+                    workers,
+                    request,
+                    divergence,
+                    shared_rows(student.head_rows, teacher.head_rows, len(student.tokenizer)),
                 )
             with console.status(f"{request.model}: starting {', '.join(names)}"):
                 workers.wait_ready()

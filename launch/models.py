@@ -44,7 +44,10 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         raise UserError(field, path, "holds no config.json.", "Give a folder in Hugging Face format.")
     if need_weights and folder.is_dir() and not _weight_files(folder):
         raise UserError(
-            field, path, "holds no weights.", "Export the model there, or set student.init: random to train from scratch."
+            field,
+            path,
+            "holds no weights.",
+            "Export the model there, or set student.init: random to train from scratch.",
         )
     try:
         config = AutoConfig.from_pretrained(path)
@@ -80,5 +83,5 @@ def _stop_ids(path: str, config: Any, tokenizer: Any) -> set[int]:
         generation = None
     found: set[int] = set()
     for ids in (tokenizer.eos_token_id, getattr(config, "eos_token_id", None), generation):
-        found |= set(ids if isinstance(ids, list) else [ids])
-    return found - {None}  # type: ignore[arg-type]
+        found.update(ids if isinstance(ids, list) else [] if ids is None else [ids])
+    return found

@@ -35,7 +35,9 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     parts = ["time/train_wait_s", "time/train_s", "sync/seconds"]
     labels = ["waiting for rollouts and teacher", "training", "weight sync and proof"]
     seconds.stackplot(steps, *([line[part] for line in metrics] for part in parts), labels=labels)
-    seconds.set(title="seconds per step", xlabel="step", ylim=(0, np.percentile([m["time/step_s"] for m in metrics], 99)))
+    seconds.set(
+        title="seconds per step", xlabel="step", ylim=(0, np.percentile([m["time/step_s"] for m in metrics], 99))
+    )
     seconds.legend(frameon=False, fontsize="small", loc="upper right")
 
     figure.suptitle(title)

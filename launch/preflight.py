@@ -55,9 +55,7 @@ def check(config: Config) -> Facts:
     records = read_jsonl(config.data.train.path, field="data.train.path", need_completion=config.needs_completions)
     eval_records = read_jsonl(config.data.eval.path, field="data.eval.path") if config.data.eval else []
 
-    student = read_model(
-        config.student.model, field="student.model", need_weights=config.student.init == "pretrained"
-    )
+    student = read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
     teacher = None
     if config.needs_teacher and config.teacher is not None:
         teacher = read_model(config.teacher.model, field="teacher.model", need_weights=True)
@@ -141,7 +139,9 @@ def _warnings(
 ) -> list[str]:
     found: list[str] = []
     if data.num_overlong:
-        found.append(f"{data.num_overlong} of {num_records} records are too long and are left out (data.overlong: drop)")
+        found.append(
+            f"{data.num_overlong} of {num_records} records are too long and are left out (data.overlong: drop)"
+        )
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
     if teacher is not None and teacher.stop_ids != student.stop_ids:

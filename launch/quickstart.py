@@ -97,9 +97,7 @@ def _print_table(summary: dict[str, Any], console: Console) -> None:
     table = Table("", "exact match", "reverse KL to the teacher\n(nats per token, own samples)", title="Chain sum")
     table.add_row("teacher", f"{summary['teacher_accuracy']:.3f}", "-")
     for name in ("before", "after"):
-        table.add_row(
-            f"student {name}", f"{summary[f'student_{name}']:.3f}", f"{summary[f'divergence_{name}']:.4f}"
-        )
+        table.add_row(f"student {name}", f"{summary[f'student_{name}']:.3f}", f"{summary[f'divergence_{name}']:.4f}")
     console.print(table)
     console.print(
         f"largest served = trained gap {summary['max_logprob_gap']:.1e} nats, on {summary['rollout_engine']}; "

@@ -57,9 +57,7 @@ class Workers:
         self._places = places
         self._free = list(range(len(places)))
         self._actors: list[Any] = []
-        bundles = [
-            {"CPU": place.num_cpus} | ({"GPU": place.num_gpus} if place.num_gpus else {}) for place in places
-        ]
+        bundles = [{"CPU": place.num_cpus} | ({"GPU": place.num_gpus} if place.num_gpus else {}) for place in places]
         self._group = placement_group(bundles, strategy="PACK")
         if not self._group.wait(timeout_seconds=60):
             free = ray.available_resources()
@@ -105,7 +103,9 @@ class Workers:
 def _environment(place: Place) -> dict[str, str]:
     """Environment of a worker. Ray would give a worker with a fraction of a CPU one thread; on CPU hosts they take
     turns, so each may use every core."""
-    passed_on = {name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))}
+    passed_on = {
+        name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))
+    }
     threads = {} if place.num_gpus else {"OMP_NUM_THREADS": str(os.cpu_count()), "DS_ACCELERATOR": "cpu"}
     return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | threads
 

@@ -47,9 +47,7 @@ def run_training(config: Config, console: Console) -> Path:
         with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
             display = make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
             with console.status(f"{config.run.name}: starting {', '.join(place.worker for place in places)}"):
-                parts = build_parts(
-                    config, facts, start, workers, report=display.show, stop_requested=stop_requested
-                )
+                parts = build_parts(config, facts, start, workers, report=display.show, stop_requested=stop_requested)
             with display:
                 train(parts, build_span(config, facts, start))
             _export(parts.learner.export, export)

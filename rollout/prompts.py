@@ -129,9 +129,7 @@ def tokenize(records: Sequence[Record], tokenizer: Any, *, max_prompt_tokens: in
 def _tokenize_completions(records: Sequence[Record], tokenizer: Any) -> list[tuple[int, ...] | None]:
     texts = [record.completion for record in records if record.completion is not None]
     encoded = iter(tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else [])
-    return [
-        None if record.completion is None else (*next(encoded), tokenizer.eos_token_id) for record in records
-    ]
+    return [None if record.completion is None else (*next(encoded), tokenizer.eos_token_id) for record in records]
 
 
 class PromptStream:

@@ -1,7 +1,7 @@
 """Checkpoints: written aside, listed, flushed, then renamed, so that a folder named `step_N` is always whole.
 
-`step_N` holds the state after N completed steps: what the trainer wrote, and `run_state.json`. Prompts, mixing and seeds
-are functions of the step, so the step is all that the data side has to remember.
+`step_N` holds the state after N completed steps: what the trainer wrote, and `run_state.json`. Prompts, mixing and
+seeds are functions of the step, so the step is all that the data side has to remember.
 """
 
 import json

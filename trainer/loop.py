@@ -82,15 +82,11 @@ def train(parts: Parts, span: Span) -> None:
             synced = parts.sync.push(version=step)
             pipeline.release(step)
             step_s = time.perf_counter() - started
-            metrics = step_metrics(
-                batch, trained, synced, wait_s=taken - started, train_s=train_s, step_s=step_s
-            )
+            metrics = step_metrics(batch, trained, synced, wait_s=taken - started, train_s=train_s, step_s=step_s)
             parts.records.write(step, metrics, batch.rollouts)
             parts.report(metrics)
             stop = parts.stop_requested()
             if stop or span.saves_at(step):
-                checkpoint.write(
-                    span.checkpoints, step, span.state, parts.learner.save, keep_last=span.keep_last
-                )
+                checkpoint.write(span.checkpoints, step, span.state, parts.learner.save, keep_last=span.keep_last)
             if stop and step < span.max_steps:
                 raise Interrupted(f"stopped after step {step}; a checkpoint is saved")

@@ -6,7 +6,6 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Tag, field_validator
 
 from gkd.config.base import Positive, Section
 
-
 Reduction = Literal["token_mean", "sequence_mean"]
 """`token_mean`: mean over all response tokens of the batch. `sequence_mean`: mean over each sequence's tokens, then
 over sequences, as in the GKD paper (arXiv 2306.13649, Eq. 2)."""
@@ -61,9 +60,7 @@ class Reserved(BaseModel):
 
 
 RESERVED_DIVERGENCES = frozenset({"skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"})
-RESERVED_OBJECTIVES = frozenset(
-    {"sum", "seq_kd", "sampled_kl", "minillm", "rl_gkd", "moment_matching", "custom"}
-)
+RESERVED_OBJECTIVES = frozenset({"sum", "seq_kd", "sampled_kl", "minillm", "rl_gkd", "moment_matching", "custom"})
 
 
 def _tag(reserved: frozenset[str], value: Any) -> str | None:

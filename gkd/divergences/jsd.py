@@ -39,6 +39,10 @@ def generalized_jsd(
             f"Use {nearest} for the limit at beta = {0 if beta <= 0 else 1}"
         )
     student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    mixture_TV = torch.logaddexp(teacher_TV + math.log(beta), student_TV + math.log1p(-beta))
+    # A token that neither emits adds nothing below; logaddexp(-inf, -inf) would only spoil the gradient with NaN.
+    never_TV = teacher_TV.isneginf() & student_TV.isneginf()
+    mixture_TV = torch.logaddexp(
+        teacher_TV.masked_fill(never_TV, 0) + math.log(beta), student_TV.masked_fill(never_TV, 0) + math.log1p(-beta)
+    )
     jsd_T = beta * kl(teacher_TV, mixture_TV) + (1 - beta) * kl(student_TV, mixture_TV)
     return jsd_T / (beta * (1 - beta)) if normalize else jsd_T

@@ -1,0 +1,15 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def ray_cluster():
+    """One Ray for all tests that need it."""
+    from launch.ray_session import ray_session
+
+    with ray_session():
+        yield

@@ -1,0 +1,61 @@
+import pytest
+
+from rollout.mixer import Mixer
+from rollout.prompts import PromptStream, TokenizedRecord
+
+
+def mixer(fraction, *, mixing="per_sample", seed=0, group_tokens=60, group_sequences=4, batch_size=16):
+    records = [TokenizedRecord(i, tuple(range(2, 4 + i % 5)), (5, 6, 1)) for i in range(50)]
+    return Mixer(
+        PromptStream(records, seed=seed, samples_per_prompt=1),
+        seed=seed,
+        batch_size=batch_size,
+        on_policy_fraction=fraction,
+        mixing=mixing,
+        max_new_tokens=10,
+        group_tokens=group_tokens,
+        group_sequences=group_sequences,
+    )
+
+
+@pytest.mark.parametrize("mixing", ["per_step", "per_sample"])
+def test_lambda_zero_and_one_are_exact(mixing):
+    for step in range(1, 50):
+        assert not mixer(0.0, mixing=mixing).plan(step).on_policy
+        assert not mixer(1.0, mixing=mixing).plan(step).off_policy
+
+
+def test_per_step_draws_once_a_step():
+    plans = [mixer(0.5, mixing="per_step").plan(step) for step in range(1, 400)]
+    assert {len(plan.on_policy) for plan in plans} == {0, 16}
+    share = sum(len(plan.on_policy) for plan in plans) / (16 * len(plans))
+    assert 0.42 < share < 0.58
+
+
+def test_per_sample_draws_once_a_sample():
+    plans = [mixer(0.25).plan(step) for step in range(1, 200)]
+    assert len({len(plan.on_policy) for plan in plans}) > 3
+    share = sum(len(plan.on_policy) for plan in plans) / (16 * len(plans))
+    assert 0.21 < share < 0.29
+
+
+def test_a_plan_is_a_function_of_the_step():
+    for step in (1, 7, 30):
+        assert mixer(0.5).plan(step) == mixer(0.5).plan(step)
+    assert mixer(0.5).plan(3) != mixer(0.5, seed=1).plan(3)
+
+
+def test_every_sample_is_in_one_group_of_one_source():
+    for step in range(1, 40):
+        plan = mixer(0.5).plan(step)
+        students = {prompt.id for prompt in plan.on_policy}
+        assert sorted(sample for group in plan.groups for sample in group) == sorted(plan.samples)
+        for group in plan.groups:
+            assert len(group) <= 4
+            assert len({sample in students for sample in group}) == 1
+
+
+def test_off_policy_samples_are_the_datasets_completions_as_they_are():
+    for rollout in mixer(0.0).plan(1).off_policy:
+        assert rollout.response_ids == (5, 6, 1)
+        assert (rollout.source, rollout.stop_reason, rollout.versions) == ("dataset", "dataset", None)

@@ -1,0 +1,153 @@
+"""The pipeline with fake workers that finish in random order: what it promises must hold whatever the timing."""
+
+import random
+import threading
+
+import pytest
+
+from gkd.interfaces import ScoredGroup
+from gkd.types import Rollout
+from rollout.mixer import Mixer
+from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
+from rollout.prompts import PromptStream, TokenizedRecord
+
+
+class FakeRollouts:
+    """Finishes prompts one by one, in random order, on a thread of its own."""
+
+    def __init__(self, seed):
+        self.random = random.Random(seed)
+        self.version = 0
+        self.waiting = []
+        self.lock = threading.Condition()
+        self.stopped = False
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def connect(self, post, deliver):
+        self.post, self.deliver = post, deliver
+
+    def submit(self, prompts):
+        with self.lock:
+            self.waiting += [(prompt, self.version) for prompt in prompts]
+            self.lock.notify()
+
+    def run(self):
+        while True:
+            with self.lock:
+                self.lock.wait_for(lambda: self.waiting or self.stopped)
+                if self.stopped:
+                    return
+                prompt, version = self.waiting.pop(self.random.randrange(len(self.waiting)))
+            rollout = Rollout(
+                id=prompt.id,
+                prompt_ids=prompt.token_ids,
+                response_ids=(5,) * (1 + prompt.id.prompt_index % 3),
+                stop_reason="stop",
+                source="student",
+                versions=(version, version),
+            )
+            self.post(lambda rollout=rollout: self.deliver(rollout))
+
+
+class FakeTeachers:
+    """Scores a group with the ids of its members."""
+
+    def __init__(self):
+        self.groups = []
+
+    def connect(self, post, deliver):
+        self.post, self.deliver = post, deliver
+
+    def submit(self, key, rollouts):
+        self.groups.append((key, tuple(r.id for r in rollouts)))
+        scored = ScoredGroup(signals=[r.id for r in rollouts], seconds=0.5, num_bytes=8)
+        threading.Timer(0.0005, lambda: self.post(lambda: self.deliver(key, scored))).start()
+
+
+def mixer(fraction):
+    records = [TokenizedRecord(i, (2,) * (1 + i % 4), (5, 1)) for i in range(23)]
+    return Mixer(
+        PromptStream(records, seed=0, samples_per_prompt=1),
+        seed=0,
+        batch_size=6,
+        on_policy_fraction=fraction,
+        mixing="per_sample",
+        max_new_tokens=4,
+        group_tokens=20,
+        group_sequences=3,
+    )
+
+
+def run(fraction, max_staleness, seed, steps=12):
+    rollouts, teachers = FakeRollouts(seed), FakeTeachers()
+    pipeline = Pipeline(
+        mixer(fraction), rollouts, teachers, first_step=1, last_step=steps, max_staleness=max_staleness, timeout_s=20
+    )
+    batches = []
+    with pipeline:
+        pipeline.release(0)
+        for step in range(1, steps + 1):
+            batches.append(pipeline.take())
+            rollouts.version = step
+            pipeline.release(step)
+    rollouts.stopped = True
+    with rollouts.lock:
+        rollouts.lock.notify()
+    return batches, teachers
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("max_staleness", [0, 2])
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, max_staleness, seed):
+    batches, _ = run(fraction, max_staleness, seed)
+    assert [batch.step for batch in batches] == list(range(1, 13))
+    identities = [rollout.id for batch in batches for rollout in batch.rollouts]
+    assert len(set(identities)) == len(identities) == 12 * 6
+    for batch in batches:
+        assert batch.rollouts and tuple(r.id for r in batch.rollouts) == mixer(fraction).plan(batch.step).samples
+        for group, signals in zip(batch.groups, batch.signals, strict=True):
+            assert list(group) == signals
+        for rollout in batch.rollouts:
+            if rollout.versions:
+                assert 0 <= batch.step - 1 - rollout.versions[0] <= max_staleness
+
+
+def test_groups_depend_on_identity_and_not_on_arrival():
+    (first, teachers_a), (second, teachers_b) = run(1.0, 0, seed=1), run(1.0, 0, seed=2)
+    assert [b.rollouts for b in first] == [b.rollouts for b in second]
+    assert sorted(teachers_a.groups) == sorted(teachers_b.groups)
+
+
+def test_a_dead_worker_ends_the_run_with_its_own_error():
+    class Dying(FakeRollouts):
+        def submit(self, prompts):
+            def fail():
+                raise RuntimeError("the engine died")
+
+            self.post(fail)
+
+    pipeline = Pipeline(mixer(1.0), Dying(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=20)
+    with pipeline, pytest.raises(RuntimeError, match="the engine died"):
+        pipeline.release(0)
+        pipeline.take()
+
+
+def test_silence_has_a_deadline():
+    class Silent(FakeRollouts):
+        def submit(self, prompts):
+            pass
+
+    pipeline = Pipeline(mixer(1.0), Silent(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2)
+    with pipeline, pytest.raises(TimeoutError, match="rollout.timeout_s"):
+        pipeline.release(0)
+        pipeline.take()
+
+
+def test_without_engine_and_teacher_the_dataset_passes_through():
+    pipeline = Pipeline(mixer(0.0), NoRollouts(), NoTeacher(), first_step=1, last_step=2, max_staleness=0, timeout_s=5)
+    with pipeline:
+        pipeline.release(0)
+        batch = pipeline.take()
+    assert all(rollout.source == "dataset" for rollout in batch.rollouts)
+    assert set(batch.signals) == {None}
