@@ -100,13 +100,21 @@ class Workers:
         ray.get([actor.ready.remote() for actor in self._actors], timeout=_START_LIMIT_S)
 
 
+_CPU_THREADS = {
+    "OMP_NUM_THREADS": str(os.cpu_count()),
+    # Idle threads sleep: spinning ones would take the cores from whichever worker has its turn.
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "DS_ACCELERATOR": "cpu",
+}
+
+
 def _environment(place: Place) -> dict[str, str]:
     """Environment of a worker. Ray would give a worker with a fraction of a CPU one thread; on CPU hosts they take
     turns, so each may use every core."""
     passed_on = {
         name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))
     }
-    threads = {} if place.num_gpus else {"OMP_NUM_THREADS": str(os.cpu_count()), "DS_ACCELERATOR": "cpu"}
+    threads = {} if place.num_gpus else _CPU_THREADS
     return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | threads
 
 

@@ -32,17 +32,29 @@ class DeepSpeedEngine:
         import deepspeed
 
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+        # The learning rate is set before every step; DeepSpeed must only not see 0 here.
+        optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=1.0, betas=settings.betas)
+        self._unsharded_norm: torch.Tensor | None = None
+        if settings.zero_stage == 0:
+            # Without sharding DeepSpeed clips float32 gradients but never tells their norm: do both here, where the
+            # gradients are complete (accumulated and reduced over ranks).
+            limit = settings.grad_clip or float("inf")
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+
+            def clip(*_: Any) -> None:
+                self._unsharded_norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+
+            optimizer.register_step_pre_hook(clip)
         self._engine, *_ = deepspeed.initialize(
             model=model,
-            # The learning rate is set before every step; DeepSpeed must only not see 0 here.
-            optimizer=torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=1.0, betas=settings.betas),
+            optimizer=optimizer,
             config={
                 # The caller decides which backward passes make a step: micro-batches are cut by tokens, so their
                 # number varies. The batch size here is not used for anything then.
                 "managed_gradient_accumulation": False,
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": settings.grad_clip,
+                "gradient_clipping": settings.grad_clip if settings.zero_stage else 0.0,
                 "zero_optimization": {"stage": settings.zero_stage},
                 "zero_allow_untested_optimizer": True,
                 "steps_per_print": 2**31 - 1,
@@ -66,8 +78,8 @@ class DeepSpeedEngine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        norm = self._engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
+        return float(norm)
 
     def save(self, folder: Path) -> None:
         """Write model and optimizer state."""

@@ -80,7 +80,9 @@ def test_jsd_limits_are_the_rescaled_kls(beta, weight, limit):
     torch.testing.assert_close(normalized, jsd / (beta * (1 - beta)))
 
 
-@pytest.mark.parametrize(("beta", "named"), [(0.0, "forward_kl"), (-1.0, "forward_kl"), (1.0, "reverse_kl"), (2, "reverse_kl")])
+@pytest.mark.parametrize(
+    ("beta", "named"), [(0.0, "forward_kl"), (-1.0, "forward_kl"), (1.0, "reverse_kl"), (2, "reverse_kl")]
+)
 def test_jsd_refuses_its_endpoints_and_names_the_kl(beta, named):
     values = logits((2, 3), seed=8)
     with pytest.raises(ValueError, match=named):

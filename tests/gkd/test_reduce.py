@@ -9,7 +9,9 @@ from gkd.reduce import sequence_token_weights, weighted_sum
 def test_token_mean_is_the_mean_over_all_tokens():
     lengths = [3, 1, 4]
     losses = torch.arange(8.0)
-    weights = torch.repeat_interleave(torch.tensor(sequence_token_weights(lengths, "token_mean")), torch.tensor(lengths))
+    weights = torch.repeat_interleave(
+        torch.tensor(sequence_token_weights(lengths, "token_mean")), torch.tensor(lengths)
+    )
     total = weighted_sum(losses, weights, torch.ones(8, dtype=torch.bool))
     assert total.item() == pytest.approx(losses.mean().item())
 

@@ -1,0 +1,66 @@
+"""Scored batches and student settings for tests of the trainer."""
+
+import torch
+from tiny import VOCABULARY
+
+from gkd.config.objective import DistillObjective, SftObjective
+from gkd.signals import FullLogits
+from gkd.types import Rollout, SampleId, ScoredRollout
+from trainer.deepspeed_engine import EngineSettings
+from trainer.student import StudentSettings
+
+PACKING_LENGTHS = [(1, 5), (4, 1), (7, 9), (2, 3), (3, 12), (5, 2), (9, 4), (1, 1)]
+
+
+def scored_batch(*, seed=0, rows=VOCABULARY, dtype=torch.float32, lengths=PACKING_LENGTHS):
+    """Ragged samples with random teacher logits; `lengths` are (prompt tokens, response tokens)."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tokens(count):
+        return tuple(torch.randint(2, VOCABULARY, (count,), generator=random).tolist())
+
+    return [
+        ScoredRollout(
+            rollout=Rollout(
+                id=SampleId(0, i, 0),
+                prompt_ids=tokens(prompt),
+                response_ids=tokens(response),
+                stop_reason="length",
+                source="student",
+                versions=(0, 0),
+            ),
+            signal=FullLogits.from_tensor(torch.randn(response, rows, generator=random).mul(2).to(dtype)),
+        )
+        for i, (prompt, response) in enumerate(lengths)
+    ]
+
+
+def distill(**divergence):
+    """A distillation objective; forward KL by default."""
+    return DistillObjective.model_validate({"type": "distill", "divergence": divergence or {"type": "forward_kl"}})
+
+
+def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows=VOCABULARY, **changes):
+    """Settings of a student that trains as plainly as possible."""
+    settings = {
+        "model": model,
+        "init": "pretrained",
+        "seed": 0,
+        "dropout": False,
+        "rows": rows,
+        "objective": objective or distill(),
+        "tokens_per_micro_batch": 4096,
+        "learning_rate": 1e-2,
+        "lr_schedule": "constant",
+        "warmup_steps": 0,
+        "max_steps": 100,
+        "engine": EngineSettings(zero_stage=zero_stage, grad_clip=grad_clip, weight_decay=0.01, betas=(0.9, 0.95)),
+        "sender": "rollout.weights.object_store:ObjectStoreSender",
+        "sender_kwargs": {"bucket_bytes": 20_000},
+    }
+    return StudentSettings(**(settings | changes))
+
+
+def sft():
+    """Maximum likelihood."""
+    return SftObjective(type="sft")

@@ -1,0 +1,146 @@
+"""Checkpoint files, records, schedules and the weight sync, each on its own."""
+
+import json
+import math
+
+import pytest
+
+from gkd.interfaces import WeightBuckets
+from gkd.types import Rollout, SampleId
+from trainer import checkpoint
+from trainer.records import Records
+from trainer.schedule import learning_rate
+from trainer.weight_sync import NoSync, WeightGapError, WeightSync
+
+
+def save(folder):
+    (folder / "sub").mkdir()
+    (folder / "sub" / "weights.bin").write_bytes(b"12345")
+
+
+def test_checkpoints_are_whole_or_not_there(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.write(tmp_path, step, {"seed": step}, save, keep_last=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_4", "step_6"]
+    newest = checkpoint.newest(tmp_path)
+    assert (newest.step, newest.state) == (6, {"seed": 6})
+    # Damage of any kind makes the one before it the newest good one.
+    (tmp_path / "step_6" / "sub" / "weights.bin").write_bytes(b"123")
+    assert checkpoint.newest(tmp_path).step == 4
+    (tmp_path / "step_4" / "run_state.json").write_text("{")
+    assert checkpoint.newest(tmp_path) is None
+
+
+def test_a_save_that_dies_leaves_the_older_checkpoint(tmp_path):
+    checkpoint.write(tmp_path, 2, {}, save, keep_last=1)
+
+    def dies(folder):
+        save(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.write(tmp_path, 4, {}, dies, keep_last=1)
+    assert checkpoint.newest(tmp_path).step == 2
+    checkpoint.write(tmp_path, 4, {}, save, keep_last=1)  # what it left behind is no obstacle
+    assert [p.name for p in tmp_path.iterdir()] == ["step_4"]
+
+
+def test_later_checkpoints_go_when_a_run_goes_on_from_an_earlier_one(tmp_path):
+    for step in (2, 4, 6):
+        checkpoint.write(tmp_path, step, {}, save, keep_last=9)
+    checkpoint.drop_after(tmp_path, 2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_2"]
+
+
+def rollout(index, length=3):
+    return Rollout(
+        id=SampleId(0, index, 0),
+        prompt_ids=(2, 3),
+        response_ids=(4,) * length,
+        stop_reason="length",
+        source="student",
+        versions=(1, 2),
+    )
+
+
+def records(folder, completed_steps):
+    return Records(folder, str, rollouts_every=2, rollouts_kept=1, completed_steps=completed_steps)
+
+
+def test_records_are_cut_back_to_the_checkpoint(tmp_path):
+    first = records(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.write(step, {"step": step}, [rollout(2 * step), rollout(2 * step + 1)])
+    first.close()
+    with (tmp_path / "samples.jsonl").open("a") as file:
+        file.write('{"step": 4, "epo')  # the process died here
+    second = records(tmp_path, 2)
+    second.write(3, {"step": 3}, [rollout(9)])
+    second.close()
+    ledger = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], line["prompt_index"]) for line in ledger] == [(1, 2), (1, 3), (2, 4), (2, 5), (3, 9)]
+    assert ledger[0] | {"step": 0} == {
+        "step": 0,
+        "epoch": 0,
+        "prompt_index": 2,
+        "sample_index": 0,
+        "source": "student",
+        "versions": [1, 2],
+        "tokens": 3,
+        "stop_reason": "length",
+    }
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]
+    assert sorted(p.name for p in (tmp_path / "rollouts").iterdir()) == ["step_1.txt", "step_2.txt"]
+
+
+def test_schedules():
+    def rates(schedule, warmup_steps):
+        return [
+            learning_rate(s, peak=1.0, schedule=schedule, warmup_steps=warmup_steps, max_steps=10) for s in range(1, 11)
+        ]
+
+    assert rates("constant", 0) == [1.0] * 10
+    assert rates("constant", 4)[:5] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert rates("linear", 0) == pytest.approx([1 - i / 10 for i in range(10)])
+    cosine = rates("cosine", 2)
+    assert cosine[2] == 1.0 and cosine[6] == pytest.approx(0.5) and 0 < cosine[-1] < 0.1
+    assert all(a >= b for a, b in zip(cosine[2:], cosine[3:], strict=False))
+
+
+class FakeTrainer:
+    def __init__(self, logprobs):
+        self.answer = logprobs
+
+    def publish(self, version):
+        return WeightBuckets(version=version, updates=("bucket",), num_bytes=12)
+
+    def logprobs(self, rollouts):
+        return self.answer
+
+
+class FakeEngines:
+    def __init__(self):
+        self.received = []
+
+    def update_weights(self, weights):
+        self.received.append(weights.version)
+
+    def probe(self):
+        probe = rollout(0, length=2)
+        return [Rollout(**{f: getattr(probe, f) for f in probe.__slots__} | {"logprobs": (-1.0, -2.0)})]
+
+
+def test_the_sync_measures_the_gap_and_stops_a_wrong_engine():
+    engines = FakeEngines()
+    report = WeightSync(FakeTrainer([[-1.0, -2.0005]]), engines, max_gap=1e-3).push(version=4)
+    assert report.logprob_gap_max == pytest.approx(5e-4)
+    assert (report.version, report.num_bytes, engines.received) == (4, 12, [4])
+    for wrong in (-2.5, math.nan):
+        with pytest.raises(WeightGapError, match="version 5"):
+            WeightSync(FakeTrainer([[-1.0, wrong]]), engines, max_gap=1e-3).push(version=5)
+    assert WeightSync(FakeTrainer([[-1.0, -2.5]]), engines, max_gap=None).push(version=5).logprob_gap_max == 0.5
+
+
+def test_without_an_engine_the_gap_is_null():
+    report = NoSync().push(version=3)
+    assert (report.version, report.logprob_gap_max, report.num_bytes) == (3, None, 0)
