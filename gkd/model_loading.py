@@ -18,10 +18,16 @@ def load_causal_lm(path: str, *, dtype: str, init: Literal["pretrained", "random
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(path)
+    options: dict[str, Any] = {"dtype": DTYPES[dtype]}
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        # transformers' default attention ignores a softcap on attention scores (Gemma-2), and so computes another
+        # model than the rollout engine does; its eager attention does not.
+        options["attn_implementation"] = "eager"
     if init == "random":
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_config(config, **options)
     else:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=DTYPES[dtype])
+        model = AutoModelForCausalLM.from_pretrained(path, **options)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return model.to(device).eval()

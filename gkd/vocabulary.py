@@ -9,14 +9,16 @@ from typing import Any
 from gkd.errors import UserError
 
 
-def shared_rows(student_rows: int, teacher_rows: int | None, tokenizer_size: int) -> int:
-    """Rows of both heads that the loss uses: the first min(V_student, V_teacher, tokenizer size)."""
-    rows = min(student_rows, tokenizer_size)
-    return rows if teacher_rows is None else min(rows, teacher_rows)
+def tokenizer_size(tokenizer: Any) -> int:
+    """One more than the largest id that means something."""
+    return max(tokenizer.get_vocab().values()) + 1
 
 
-def require_same_tokenizer(student: Any, teacher: Any, *, teacher_path: str) -> None:
-    """Refuse two tokenizers that give the same id to different tokens.
+def shared_tokens(student: Any, teacher: Any, *, teacher_path: str) -> int:
+    """How many leading ids mean the same token in both tokenizers: all of the smaller one's.
+
+    One may know more special tokens than the other, appended after the common ones; those stay out of rollouts and
+    loss.
 
     Args:
         student: the student's tokenizer (anything with `get_vocab()`).
@@ -24,18 +26,25 @@ def require_same_tokenizer(student: Any, teacher: Any, *, teacher_path: str) -> 
         teacher_path: for the message.
 
     Raises:
-        UserError: naming the first differences.
+        UserError: if a common id means different tokens, naming the first ones.
     """
-    student_vocab, teacher_vocab = student.get_vocab(), teacher.get_vocab()
-    if student_vocab == teacher_vocab:
-        return
-    only_one = student_vocab.keys() ^ teacher_vocab.keys()
-    moved = [t for t in student_vocab.keys() & teacher_vocab.keys() if student_vocab[t] != teacher_vocab[t]]
-    examples = ", ".join(repr(token) for token in sorted([*only_one, *moved])[:3])
-    raise UserError(
-        "teacher.model",
-        teacher_path,
-        f"has another tokenizer than the student: {len(only_one)} tokens are in one only and {len(moved)} have other "
-        f"ids (for example {examples}).",
-        "Token-level distillation compares distributions over the same tokens: use a teacher of the student's family.",
-    )
+    size = min(tokenizer_size(student), tokenizer_size(teacher))
+    ours, theirs = ({i: token for token, i in t.get_vocab().items() if i < size} for t in (student, teacher))
+    different = sorted(i for i in ours.keys() | theirs.keys() if ours.get(i) != theirs.get(i))
+    if different:
+        examples = ", ".join(f"{i} is {ours.get(i)!r} and {theirs.get(i)!r}" for i in different[:3])
+        raise UserError(
+            "teacher.model",
+            teacher_path,
+            f"has another tokenizer than the student: {len(different)} of {size} common ids differ (for example "
+            f"{examples}).",
+            "Token-level distillation compares distributions over the same tokens: use a teacher of the student's "
+            "family.",
+        )
+    return size
+
+
+def shared_rows(student_rows: int, teacher_rows: int | None, num_tokens: int) -> int:
+    """Rows of both heads that the loss uses: the first min(V_student, V_teacher, tokens that both know)."""
+    rows = min(student_rows, num_tokens)
+    return rows if teacher_rows is None else min(rows, teacher_rows)

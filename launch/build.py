@@ -120,7 +120,7 @@ def _generator_settings(config: Config, facts: Facts) -> GeneratorSettings:
         max_new_tokens=config.rollout.max_new_tokens,
         max_model_len=facts.max_model_len,
         max_concurrent=config.rollout.max_concurrent,
-        vocabulary=len(facts.student.tokenizer),
+        vocabulary=facts.num_tokens,
         stop_ids=facts.stop_ids,
         probe_prompts=tuple(record.prompt_ids for record in shortest[:2]),
         on_gpu=host_has_gpu(),

@@ -14,7 +14,7 @@ from gkd.errors import NotBuiltYet, UserError
 from gkd.evaluation import exact_match
 from gkd.packing import split_by_tokens
 from gkd.types import Prompt, Rollout, SampleId
-from gkd.vocabulary import require_same_tokenizer, shared_rows
+from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.models import ModelFacts, read_model
 from launch.placement import Place
 from launch.preflight import check_head_dim, host_has_gpu
@@ -68,9 +68,10 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     student = read_model(request.model, field="MODEL", need_weights=True)
     check_head_dim(student, field="MODEL")
     teacher = None
+    num_tokens = tokenizer_size(student.tokenizer)
     if request.teacher is not None:
         teacher = read_model(request.teacher, field="--teacher", need_weights=True)
-        require_same_tokenizer(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
+        num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
     context = min(model.context for model in (student, teacher) if model is not None)
     if request.max_new_tokens >= context:
         raise UserError("--max-new-tokens", request.max_new_tokens, f"fills a context of {context}.", "Lower it.")
@@ -80,7 +81,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     with ray_session():
         names = ["rollout", *(["teacher", "student"] if teacher else [])]
         with Workers(_places(names)) as workers:
-            settings = _generator_settings(request, student, data.longest_prompt, prompts)
+            settings = _generator_settings(request, student, data.longest_prompt, prompts, num_tokens)
             engine = workers.start("rollout", RolloutActor, settings)
             scorer = None
             if teacher is not None:
@@ -88,7 +89,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
                     workers,
                     request,
                     divergence,
-                    shared_rows(student.head_rows, teacher.head_rows, len(student.tokenizer)),
+                    shared_rows(student.head_rows, teacher.head_rows, num_tokens),
                 )
             with console.status(f"{request.model}: starting {', '.join(names)}"):
                 workers.wait_ready()
@@ -151,7 +152,7 @@ def _places(names: Sequence[str]) -> list[Place]:
 
 
 def _generator_settings(
-    request: EvalRequest, student: ModelFacts, longest_prompt: int, prompts: Sequence[Prompt]
+    request: EvalRequest, student: ModelFacts, longest_prompt: int, prompts: Sequence[Prompt], num_tokens: int
 ) -> GeneratorSettings:
     return GeneratorSettings(
         model=request.model,
@@ -162,7 +163,7 @@ def _generator_settings(
         max_new_tokens=request.max_new_tokens,
         max_model_len=longest_prompt + request.max_new_tokens,
         max_concurrent=256,
-        vocabulary=len(student.tokenizer),
+        vocabulary=num_tokens,
         stop_ids=tuple(sorted(student.stop_ids)),
         probe_prompts=(prompts[0].token_ids,),
         on_gpu=host_has_gpu(),

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.errors import UserError
+from gkd.vocabulary import tokenizer_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         head_rows=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < len(tokenizer)),
+        stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < tokenizer_size(tokenizer)),
         tokenizer=tokenizer,
     )
 

@@ -11,7 +11,7 @@ from gkd.config import Config
 from gkd.config.objective import CustomDivergence, DistillObjective
 from gkd.errors import UserError
 from gkd.importing import load_object
-from gkd.vocabulary import require_same_tokenizer, shared_rows
+from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.models import ModelFacts, read_model
 from rollout.prompts import Record, TokenizedData, read_jsonl, tokenize
 
@@ -31,6 +31,8 @@ class Facts:
     """Training records."""
     eval_records: list[Record]
     """Held-out records; read here so that a bad file shows before the run and not after it."""
+    num_tokens: int
+    """Ids below this mean a token, the same to student and teacher; no others are sampled."""
     rows: int
     """Vocabulary rows in the loss."""
     stop_ids: tuple[int, ...]
@@ -57,10 +59,10 @@ def check(config: Config) -> Facts:
 
     student = read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
     teacher = None
+    num_tokens = tokenizer_size(student.tokenizer)
     if config.needs_teacher and config.teacher is not None:
         teacher = read_model(config.teacher.model, field="teacher.model", need_weights=True)
-        if teacher.path != student.path:
-            require_same_tokenizer(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
+        num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
     if config.needs_rollouts:
         check_head_dim(student, field="student.model")
 
@@ -71,9 +73,8 @@ def check(config: Config) -> Facts:
         teacher=teacher,
         data=data,
         eval_records=eval_records,
-        rows=shared_rows(
-            student.head_rows, teacher.head_rows if teacher else None, tokenizer_size=len(student.tokenizer)
-        ),
+        num_tokens=num_tokens,
+        rows=shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens),
         stop_ids=tuple(sorted(student.stop_ids)),
         max_model_len=data.longest_prompt + response_room,
         data_fingerprint=hashlib.sha256(Path(config.data.train.path).read_bytes()).hexdigest()[:16],

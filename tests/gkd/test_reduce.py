@@ -39,8 +39,11 @@ def test_splitting_a_batch_leaves_the_loss_unchanged(lengths, cut):
     values = [torch.randn(n, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in lengths]
 
     def share(sequences):
-        mask = [torch.ones(lengths[i], dtype=torch.bool) for i in sequences]
-        parts = [weighted_sum(values[i], torch.full((lengths[i],), weights[i]), m) for i, m in zip(sequences, mask)]
+        masks = [torch.ones(lengths[i], dtype=torch.bool) for i in sequences]
+        parts = [
+            weighted_sum(values[i], torch.full((lengths[i],), weights[i]), mask)
+            for i, mask in zip(sequences, masks, strict=True)
+        ]
         return sum(part.item() for part in parts)
 
     everything = list(range(len(lengths)))

@@ -139,7 +139,7 @@ def test_silence_has_a_deadline():
             pass
 
     pipeline = Pipeline(mixer(1.0), Silent(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2)
-    with pipeline, pytest.raises(TimeoutError, match="rollout.timeout_s"):
+    with pipeline, pytest.raises(TimeoutError, match=r"rollout\.timeout_s"):
         pipeline.release(0)
         pipeline.take()
 

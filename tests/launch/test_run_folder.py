@@ -1,0 +1,112 @@
+import pytest
+from tiny import config_tree
+
+from gkd.config import parse_config
+from gkd.errors import UserError
+from launch.placement import plan_placement
+from launch.run_folder import find_start, prepare, run_state
+from trainer import checkpoint
+
+
+def config(folder, **changes):
+    tree = config_tree(folder, "student", "teacher", "train.jsonl")
+    tree["run"]["resume"] = "auto"
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        tree.setdefault(section, {})[name] = value
+    return parse_config(tree)
+
+
+def write_checkpoint(folder, step, **changes):
+    state = run_state(config(folder, **changes), "hash")
+    checkpoint.write(folder / "checkpoints", step, state, lambda path: None, keep_last=9)
+
+
+def test_auto_goes_on_from_the_newest_checkpoint_and_knows_a_finished_run(tmp_path):
+    folder = tmp_path / "run"
+    assert find_start(config(folder), "hash").completed_steps == 0
+    write_checkpoint(folder, 2)
+    start = find_start(config(folder), "hash")
+    assert (start.completed_steps, start.finished) == (2, False)
+    write_checkpoint(folder, 3)
+    assert not find_start(config(folder), "hash").finished  # the export is missing
+    (folder / "export").mkdir()
+    assert find_start(config(folder), "hash").finished
+    assert not find_start(config(folder, trainer__max_steps=5), "hash").finished
+
+
+def test_never_moves_the_old_run_aside(tmp_path):
+    folder = tmp_path / "run"
+    for number in range(3):
+        folder.mkdir()
+        (folder / "metrics.jsonl").write_text(str(number))
+        write_checkpoint(folder, 2)
+        fresh = config(folder, run__resume="never")
+        prepare(fresh, find_start(fresh, "hash"))
+        assert (tmp_path / f"run.{number + 1}" / "metrics.jsonl").read_text() == str(number)
+        assert [p.name for p in folder.iterdir()] == ["config.yaml"]
+        (folder / "config.yaml").unlink()
+        folder.rmdir()
+
+
+def test_a_named_checkpoint_drops_the_later_ones(tmp_path):
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        write_checkpoint(folder, step)
+    named = config(folder, run__resume=str(folder / "checkpoints" / "step_1"))
+    start = find_start(named, "hash")
+    assert start.completed_steps == 1
+    prepare(named, start)
+    assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_1"]
+
+
+MAY_CHANGE = {"trainer__max_steps": 9, "log__rollouts_every": 1, "trainer__checkpoint_every": 1, "run__name": "other"}
+MAY_NOT = {
+    "student__model": "other",
+    "teacher__model": "other",
+    "data__on_policy_fraction": 0.5,
+    "run__seed": 4,
+    "objective__temperature": 2.0,
+    "rollout__temperature": 0.7,
+    "trainer__batch_size": 16,
+    "trainer__zero_stage": 0,
+}
+
+
+@pytest.mark.parametrize("key", MAY_CHANGE)
+def test_what_a_resumed_run_may_change(tmp_path, key):
+    write_checkpoint(tmp_path / "run", 2)
+    assert find_start(config(tmp_path / "run", **{key: MAY_CHANGE[key]}), "hash").completed_steps == 2
+
+
+@pytest.mark.parametrize("key", MAY_NOT)
+def test_what_a_resumed_run_may_not_change(tmp_path, key):
+    write_checkpoint(tmp_path / "run", 2)
+    with pytest.raises(UserError, match="may not change") as caught:
+        find_start(config(tmp_path / "run", **{key: MAY_NOT[key]}), "hash")
+    assert caught.value.field == key.replace("__", ".")
+
+
+def test_other_data_under_the_same_name_is_refused(tmp_path):
+    write_checkpoint(tmp_path / "run", 2)
+    with pytest.raises(UserError, match="content changed"):
+        find_start(config(tmp_path / "run"), "another hash")
+
+
+def test_workers_share_the_cpus_where_there_is_no_gpu(tmp_path):
+    places = plan_placement(config(tmp_path), num_cpus=2, num_gpus=0)
+    assert [place.worker for place in places] == ["trainer", "rollout", "teacher"]
+    assert sum(place.num_cpus for place in places) <= 2 and all(place.num_gpus == 0 for place in places)
+    assert [p.worker for p in plan_placement(config(tmp_path, data__on_policy_fraction=0), num_cpus=8, num_gpus=0)] == [
+        "trainer",
+        "teacher",
+    ]
+
+
+def test_workers_get_gpus_of_their_own_or_a_clear_refusal(tmp_path):
+    places = plan_placement(config(tmp_path), num_cpus=8, num_gpus=4)
+    assert [place.num_gpus for place in places] == [1, 1, 1]
+    with pytest.raises(UserError, match="need 3"):
+        plan_placement(config(tmp_path), num_cpus=8, num_gpus=2)
+    with pytest.raises(UserError, match="cores"):
+        plan_placement(config(tmp_path), num_cpus=2, num_gpus=3)
