@@ -5,7 +5,6 @@ from typing import Any
 
 from gkd.config import Config
 from gkd.config.objective import Reserved
-from launch.placement import Place
 from launch.preflight import Facts, host_has_gpu
 from launch.ray_session import Workers, rank_environment
 from launch.run_folder import StartingPoint, run_state
@@ -84,11 +83,6 @@ def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:
     )
 
 
-def count_workers(places: list[Place]) -> str:
-    """The workers in words, for the display."""
-    return ", ".join(place.worker for place in places)
-
-
 def _mixer(config: Config, facts: Facts) -> Mixer:
     return Mixer(
         PromptStream(facts.data.records, seed=config.run.seed, samples_per_prompt=config.rollout.samples_per_prompt),
@@ -103,14 +97,14 @@ def _mixer(config: Config, facts: Facts) -> Mixer:
 
 
 def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
-    assert config.teacher is not None
-    return TeacherSettings(model=config.teacher.model, dtype=config.teacher.dtype, rows=facts.rows)
+    assert config.teacher is not None and facts.teacher is not None
+    return TeacherSettings(model=facts.teacher.path, dtype=config.teacher.dtype, rows=facts.rows)
 
 
 def _generator_settings(config: Config, facts: Facts) -> GeneratorSettings:
     shortest = sorted(facts.data.records, key=lambda record: (len(record.prompt_ids), record.index))
     return GeneratorSettings(
-        model=config.student.model,
+        model=facts.student.path,
         # The first sync brings the weights in any case; reading them from disk as well is only for models whose
         # checkpoints hold more than their trained weights.
         load_weights=config.student.init == "pretrained",
@@ -138,7 +132,7 @@ def _student_settings(config: Config, facts: Facts) -> StudentSettings:
     trainer = config.trainer
     assert config.student.init != "truncate" and not isinstance(config.objective, Reserved)
     return StudentSettings(
-        model=config.student.model,
+        model=facts.student.path,
         init=config.student.init,
         seed=config.run.seed,
         dropout=config.student.dropout,

@@ -19,7 +19,7 @@ from gkd.seeds import generator
 
 _ALPHABET = "0123456789+-=;"
 _OPERANDS = (6, 10)
-_SPLITS = {"teacher": 60_000, "warmstart": 2_000, "prompts": 9_000, "test": 500}
+_SPLITS = {"teacher": 60_000, "warmstart": 1_500, "prompts": 9_000, "test": 500}
 """Records per file; no problem is in two of them."""
 
 

@@ -85,12 +85,8 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
             engine = workers.start("rollout", RolloutActor, settings)
             scorer = None
             if teacher is not None:
-                scorer = _Scorer(
-                    workers,
-                    request,
-                    divergence,
-                    shared_rows(student.head_rows, teacher.head_rows, num_tokens),
-                )
+                rows = shared_rows(student.head_rows, teacher.head_rows, num_tokens)
+                scorer = _Scorer(workers, student, teacher, divergence, rows)
             with console.status(f"{request.model}: starting {', '.join(names)}"):
                 workers.wait_ready()
             with console.status(f"{request.model}: answering {len(prompts)} prompts"):
@@ -115,12 +111,13 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
 class _Scorer:
     """Teacher and student side by side, for the divergence between them."""
 
-    def __init__(self, workers: Workers, request: EvalRequest, divergence: DivergenceConfig, rows: int) -> None:
-        assert request.teacher is not None
-        teacher = TeacherSettings(model=request.teacher, dtype="float32", rows=rows)
-        self._teacher = workers.start("teacher", TeacherActor, teacher)
-        student = EvaluationSettings(model=request.model, divergence=divergence)
-        self._student = workers.start("student", EvaluationActor, student)
+    def __init__(
+        self, workers: Workers, student: ModelFacts, teacher: ModelFacts, divergence: DivergenceConfig, rows: int
+    ) -> None:
+        settings = TeacherSettings(model=teacher.path, dtype="float32", rows=rows)
+        self._teacher = workers.start("teacher", TeacherActor, settings)
+        measured = EvaluationSettings(model=student.path, divergence=divergence)
+        self._student = workers.start("student", EvaluationActor, measured)
 
     def mean(self, rollouts: Sequence[Rollout]) -> tuple[float | None, int]:
         """Mean per response token, and the number of tokens."""
@@ -155,7 +152,7 @@ def _generator_settings(
     request: EvalRequest, student: ModelFacts, longest_prompt: int, prompts: Sequence[Prompt], num_tokens: int
 ) -> GeneratorSettings:
     return GeneratorSettings(
-        model=request.model,
+        model=student.path,
         load_weights=True,
         seed=request.seed,
         temperature=request.temperature,

@@ -13,7 +13,7 @@ class ModelFacts:
     """Facts from a model's config, tokenizer and generation config."""
 
     path: str
-    """Folder or hub name."""
+    """Absolute folder, so that it means the same in every worker, or hub name."""
     head_rows: int
     """Rows of the head, padding included."""
     context: int
@@ -62,7 +62,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         raise UserError(field, path, f"is a {config.model_type}, not a causal language model.", "Use another model.")
     text = config.get_text_config()
     return ModelFacts(
-        path=path,
+        path=str(folder.resolve()) if folder.is_dir() else path,
         head_rows=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
         head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,

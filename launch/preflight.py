@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config import Config
-from gkd.config.objective import CustomDivergence, DistillObjective
+from gkd.config.objective import Reserved
 from gkd.errors import UserError
-from gkd.importing import load_object
+from gkd.objectives import build_objective
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.models import ModelFacts, read_model
 from rollout.prompts import Record, TokenizedData, read_jsonl, tokenize
@@ -52,8 +52,7 @@ def check(config: Config) -> Facts:
         UserError: for the first thing found wrong.
     """
     _check_output(config.run.output_dir)
-    if isinstance(config.objective, DistillObjective) and isinstance(config.objective.divergence, CustomDivergence):
-        load_object(config.objective.divergence.path, field="objective.divergence.path")
+    _check_signal(config)
     records = read_jsonl(config.data.train.path, field="data.train.path", need_completion=config.needs_completions)
     eval_records = read_jsonl(config.data.eval.path, field="data.eval.path") if config.data.eval else []
 
@@ -103,6 +102,19 @@ def host_has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _check_signal(config: Config) -> None:
+    """The objective's parts can be imported, and the teacher gives what it requires."""
+    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
+    required = build_objective(config.objective).requires
+    if required and config.teacher is not None and config.teacher.signal not in required:
+        raise UserError(
+            "teacher.signal",
+            config.teacher.signal,
+            f"is not what the {config.objective.type} objective requires.",
+            f"Use {' or '.join(sorted(required))}.",
+        )
 
 
 def _check_output(folder: Path) -> None:

@@ -61,7 +61,7 @@ def main() -> None:
 
 _RUNS = {
     "teacher": "Teacher: 6 layers x 128, maximum likelihood",
-    "warmstart": "Student: 2 layers x 64, warm start on 2,000 examples",
+    "warmstart": "Student: 2 layers x 64, warm start on 1,500 examples",
     "distill": "Student: on-policy distillation from the teacher",
 }
 

@@ -70,7 +70,7 @@ def train(parts: Parts, span: Span) -> None:
     Raises:
         Interrupted: after a checkpoint, if the user asked to stop.
     """
-    with parts.pipeline as pipeline:
+    with parts.records as records, parts.pipeline as pipeline:
         parts.sync.push(version=span.completed_steps)
         pipeline.release(span.completed_steps)
         for step in range(span.completed_steps + 1, span.max_steps + 1):
@@ -83,7 +83,7 @@ def train(parts: Parts, span: Span) -> None:
             pipeline.release(step)
             step_s = time.perf_counter() - started
             metrics = step_metrics(batch, trained, synced, wait_s=taken - started, train_s=train_s, step_s=step_s)
-            parts.records.write(step, metrics, batch.rollouts)
+            records.write(step, metrics, batch.rollouts)
             parts.report(metrics)
             stop = parts.stop_requested()
             if stop or span.saves_at(step):

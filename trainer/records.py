@@ -40,8 +40,10 @@ class Records:
         if self._rollouts_every and (step == 1 or step % self._rollouts_every == 0):
             self._write_rollouts(step, rollouts[: self._rollouts_kept])
 
-    def close(self) -> None:
-        """Close the files."""
+    def __enter__(self) -> "Records":
+        return self
+
+    def __exit__(self, *_: object) -> None:
         self._metrics.close()
         self._samples.close()
 
