@@ -31,14 +31,14 @@ WARM_UP, STEPS = 3, 12
 def make_inputs() -> None:
     """Models, tokenizer and prompts."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen2Config
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel(vocab={f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
     for name, width, layers, heads in (("student", 128, 2, 4), ("teacher", 256, 6, 8)):
         torch.manual_seed(len(name))
-        config = Qwen2Config(
+        config = LlamaConfig(
             vocab_size=VOCABULARY,
             hidden_size=width,
             num_hidden_layers=layers,

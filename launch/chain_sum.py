@@ -56,7 +56,7 @@ def write_data(folder: Path, *, seed: int) -> None:
 def write_models(folder: Path) -> None:
     """Write config and tokenizer of the teacher (6 layers x 128) and the student (2 layers x 64), without weights."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast, Qwen2Config
+    from transformers import LlamaConfig, PreTrainedTokenizerFast
 
     vocabulary = {"<pad>": 0, "<eos>": 1} | {character: i + 2 for i, character in enumerate(_ALPHABET)}
     characters = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
@@ -70,7 +70,7 @@ def write_models(folder: Path) -> None:
         "student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 192},
     }
     for name, shape in shapes.items():
-        config = Qwen2Config(
+        config = LlamaConfig(
             vocab_size=len(vocabulary),
             num_key_value_heads=shape["num_attention_heads"],
             max_position_embeddings=64,
@@ -82,7 +82,7 @@ def write_models(folder: Path) -> None:
             eos_token_id=1,
             pad_token_id=0,
             bos_token_id=None,
-            architectures=["Qwen2ForCausalLM"],
+            architectures=["LlamaForCausalLM"],
             **shape,
         )
         config.save_pretrained(folder / name)

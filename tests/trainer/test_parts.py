@@ -103,7 +103,7 @@ def test_schedules():
     assert rates("linear", 0) == pytest.approx([1 - i / 10 for i in range(10)])
     cosine = rates("cosine", 2)
     assert cosine[2] == 1.0 and cosine[6] == pytest.approx(0.5) and 0 < cosine[-1] < 0.1
-    assert all(a >= b for a, b in itertools.pairwise(cosine))
+    assert all(a >= b for a, b in itertools.pairwise(cosine[2:]))
 
 
 class FakeTrainer:
