@@ -1,7 +1,7 @@
 # Every target works on a fresh machine: what it needs is installed into .venv first.
-# EXTRA picks the rollout engine's build: `make setup EXTRA=gpu` on a CUDA host.
-EXTRA ?= cpu
+# EXTRA picks the rollout engine's build: `make setup EXTRA=gpu` on a CUDA host; later targets keep what is installed.
 VENV  := .venv
+EXTRA ?= $(if $(wildcard $(VENV)/.installed-gpu),gpu,cpu)
 BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 export HF_HUB_OFFLINE ?= 1

@@ -120,7 +120,7 @@ def bench_parts() -> dict[str, float]:
     )
     with Workers([Place("rollout", 1, 0)]) as workers:
         actor = workers.start("rollout", RolloutActor, settings)
-        workers.wait_ready()
+        workers.wait_ready(300)
 
         def prompts(step: int) -> list[Prompt]:
             ids = [tuple(1 + (step + i * j) % 2000 for j in range(PROMPT_TOKENS)) for i in range(BATCH)]

@@ -5,7 +5,7 @@ from typing import Any
 
 from gkd.config import Config
 from gkd.config.objective import Reserved
-from launch.preflight import Facts, host_has_gpu
+from launch.preflight import Facts
 from launch.ray_session import Workers, rank_environment
 from launch.run_folder import StartingPoint, run_state
 from rollout.hf_teacher import TeacherSettings
@@ -40,8 +40,8 @@ def build_parts(
     teacher = workers.start("teacher", TeacherActor, _teacher_settings(config, facts)) if facts.teacher else None
     engine = None
     if config.needs_rollouts:
-        engine = workers.start("rollout", RolloutActor, _generator_settings(config, facts))
-    workers.wait_ready()
+        engine = workers.start("rollout", RolloutActor, _generator_settings(config, facts, on_gpu=workers.on_gpus))
+    workers.wait_ready(config.rollout.timeout_s)
 
     learner = Learner(trainer, timeout_s=config.rollout.timeout_s)
     if start.checkpoint is not None:
@@ -101,7 +101,7 @@ def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
     return TeacherSettings(model=facts.teacher.path, dtype=config.teacher.dtype, rows=facts.rows)
 
 
-def _generator_settings(config: Config, facts: Facts) -> GeneratorSettings:
+def _generator_settings(config: Config, facts: Facts, *, on_gpu: bool) -> GeneratorSettings:
     shortest = sorted(facts.data.records, key=lambda record: (len(record.prompt_ids), record.index))
     return GeneratorSettings(
         model=facts.student.path,
@@ -117,7 +117,7 @@ def _generator_settings(config: Config, facts: Facts) -> GeneratorSettings:
         vocabulary=facts.num_tokens,
         stop_ids=facts.stop_ids,
         probe_prompts=tuple(record.prompt_ids for record in shortest[:2]),
-        on_gpu=host_has_gpu(),
+        on_gpu=on_gpu,
         kv_cache_gib=config.rollout.kv_cache_gib,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         weight_backend=_wire(config),

@@ -6,7 +6,7 @@ from rich.table import Table
 from gkd.config import Config
 from launch.placement import plan_placement
 from launch.preflight import check, describe
-from launch.ray_session import resources
+from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
 
 
@@ -18,8 +18,11 @@ def run_check(config: Config, console: Console) -> None:
     """
     facts = check(config)
     start = find_start(config, facts.data_fingerprint)
-    num_cpus, num_gpus = resources()
-    places = plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)
+    if joins_cluster():
+        with ray_session():
+            places = plan_placement(config, *resources())
+    else:
+        places = plan_placement(config, *resources())
     table = Table(title=f"{config.run.name}: ready", show_header=False)
     for name, value in describe(config, facts, places):
         table.add_row(name, value)

@@ -17,7 +17,7 @@ from gkd.types import Prompt, Rollout, SampleId
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.models import ModelFacts, read_model
 from launch.placement import Place
-from launch.preflight import check_head_dim, host_has_gpu
+from launch.preflight import check_head_dim
 from launch.ray_session import Workers, ray_session, resources
 from rollout.hf_teacher import TeacherSettings
 from rollout.prompts import TokenizedRecord, read_jsonl, tokenize
@@ -81,14 +81,16 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     with ray_session():
         names = ["rollout", *(["teacher", "student"] if teacher else [])]
         with Workers(_places(names)) as workers:
-            settings = _generator_settings(request, student, data.longest_prompt, prompts, num_tokens)
+            settings = _generator_settings(
+                request, student, data.longest_prompt, prompts, num_tokens, on_gpu=workers.on_gpus
+            )
             engine = workers.start("rollout", RolloutActor, settings)
             scorer = None
             if teacher is not None:
                 rows = shared_rows(student.head_rows, teacher.head_rows, num_tokens)
                 scorer = _Scorer(workers, student, teacher, divergence, rows)
             with console.status(f"{request.model}: starting {', '.join(names)}"):
-                workers.wait_ready()
+                workers.wait_ready(_TIMEOUT_S)
             with console.status(f"{request.model}: answering {len(prompts)} prompts"):
                 greedy = generate(engine, prompts, temperature=0.0, timeout_s=_TIMEOUT_S)
                 sampled = (
@@ -149,7 +151,13 @@ def _places(names: Sequence[str]) -> list[Place]:
 
 
 def _generator_settings(
-    request: EvalRequest, student: ModelFacts, longest_prompt: int, prompts: Sequence[Prompt], num_tokens: int
+    request: EvalRequest,
+    student: ModelFacts,
+    longest_prompt: int,
+    prompts: Sequence[Prompt],
+    num_tokens: int,
+    *,
+    on_gpu: bool,
 ) -> GeneratorSettings:
     return GeneratorSettings(
         model=student.path,
@@ -163,7 +171,7 @@ def _generator_settings(
         vocabulary=num_tokens,
         stop_ids=tuple(sorted(student.stop_ids)),
         probe_prompts=(prompts[0].token_ids,),
-        on_gpu=host_has_gpu(),
+        on_gpu=on_gpu,
         kv_cache_gib=1.0,
         gpu_memory_utilization=0.5,
         weight_backend="object_store",

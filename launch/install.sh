@@ -9,12 +9,12 @@ torch_cpu_index=https://download.pytorch.org/whl/cpu
 
 find_python() {
     for candidate in "${PYTHON:-python3}" python3.11 python3.12 python3.13; do
-        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if "$candidate" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))' 2>/dev/null; then
             echo "$candidate"
             return
         fi
     done
-    echo "gkd needs Python 3.11 or newer: none was found. Install it, or name it with PYTHON=/path/to/python3.11." >&2
+    echo "gkd needs Python 3.11 to 3.14: none was found. Install it, or name it with PYTHON=/path/to/python3.11." >&2
     exit 2
 }
 
@@ -23,13 +23,21 @@ command -v g++ >/dev/null || {
     exit 2
 }
 
-if [ ! -x "$venv/bin/python" ]; then
+if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+    rm -rf "$venv" # what a failed attempt left is no virtual environment
     python=$(find_python)
     "$python" -m venv "$venv" || {
+        rm -rf "$venv"
         echo "Could not make a virtual environment. On Debian and Ubuntu: apt-get install python3-venv." >&2
         exit 2
     }
 fi
+
+"$venv/bin/python" -c 'import pathlib, sys, sysconfig
+sys.exit(not pathlib.Path(sysconfig.get_paths()["include"], "Python.h").exists())' || {
+    echo "gkd needs Python's C headers (the same extension). On Debian and Ubuntu: apt-get install python3-dev." >&2
+    exit 2
+}
 
 echo "Installing gkd[$extras] into $venv (about 2 minutes and 4 GB the first time)"
 log=$venv/install.log

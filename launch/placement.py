@@ -1,6 +1,8 @@
 """Which worker gets which resources, and whether they all fit, before anything starts."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 from gkd.config import Config
 from gkd.errors import UserError
@@ -18,7 +20,17 @@ class Place:
     """GPUs that Ray books for it."""
 
 
-def plan_placement(config: Config, *, num_cpus: float, num_gpus: float) -> list[Place]:
+def available_cpus() -> int:
+    """CPUs that this process may use: its affinity, and a container's quota."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+    except (OSError, ValueError):  # no cgroup of version 2: no quota to be read
+        return allowed
+    return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
+
+
+def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Place]:
     """A place for every worker of the run.
 
     On hosts without GPUs the workers take turns (while the trainer waits for rollouts it needs no core), so each books

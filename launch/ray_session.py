@@ -9,9 +9,7 @@ from typing import Any
 import ray
 
 from gkd.errors import UserError
-from launch.placement import Place
-
-_START_LIMIT_S = 300.0
+from launch.placement import Place, available_cpus
 
 
 @contextmanager
@@ -20,27 +18,34 @@ def ray_session() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    ray.init(
-        address=os.environ.get("RAY_ADDRESS"),
-        include_dashboard=False,
-        log_to_driver=False,
-        configure_logging=False,
-        **({} if os.environ.get("RAY_ADDRESS") else {"num_cpus": os.cpu_count()}),
-    )
+    address = os.environ.get("RAY_ADDRESS")
+    size = {} if address else {"num_cpus": available_cpus()}
+    try:
+        ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
+    except ConnectionError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            "RAY_ADDRESS", address, f"no Ray cluster answers there: {reason}.", "Correct it, or unset it to run here."
+        ) from None
     try:
         yield
     finally:
         ray.shutdown()
 
 
+def joins_cluster() -> bool:
+    """Whether runs join a cluster, so that this host's size says nothing."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
 def resources() -> tuple[float, float]:
-    """CPUs and GPUs: of the cluster if Ray runs or RAY_ADDRESS names one, else of this host."""
+    """CPUs and GPUs of the Ray that runs, else of this host."""
     if ray.is_initialized():
         total = ray.cluster_resources()
         return total.get("CPU", 0.0), total.get("GPU", 0.0)
     import torch
 
-    return float(os.cpu_count() or 1), float(torch.cuda.device_count())
+    return float(available_cpus()), float(torch.cuda.device_count())
 
 
 class Workers:
@@ -95,13 +100,28 @@ class Workers:
         self._actors.append(actor)
         return actor
 
-    def wait_ready(self) -> None:
-        """Wait until every actor is up; an error in an actor's start is raised here."""
-        ray.get([actor.ready.remote() for actor in self._actors], timeout=_START_LIMIT_S)
+    @property
+    def on_gpus(self) -> bool:
+        """Whether workers run on GPUs."""
+        return any(place.num_gpus for place in self._places)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every actor is up; an error in an actor's start is raised here.
+
+        Raises:
+            TimeoutError: if one is not up in time.
+        """
+        try:
+            ray.get([actor.ready.remote() for actor in self._actors], timeout=timeout_s)
+        except ray.exceptions.GetTimeoutError:
+            names = ", ".join(place.worker for place in self._places)
+            raise TimeoutError(
+                f"the workers ({names}) were not up within {timeout_s:g} s (rollout.timeout_s sets this limit)"
+            ) from None
 
 
 _CPU_THREADS = {
-    "OMP_NUM_THREADS": str(os.cpu_count()),
+    "OMP_NUM_THREADS": str(available_cpus()),
     # How long an idle OpenMP thread spins before it sleeps. At the default (about a hundred times this) idle threads of
     # one worker take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
     # wake-ups. Measured on 2 cores; docs/PERFORMANCE.md has the numbers.

@@ -1,5 +1,7 @@
 """A run's folder: what is in it already, and whether the run may go on from there."""
 
+import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,9 @@ _MAY_CHANGE = {
     "log": None,
 }  # fmt: skip
 """Per section, the keys that a resumed run may change; None: all of them. Everything else would make another run."""
+
+
+_EXPORT_MARK = "training_step.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +56,13 @@ def find_start(config: Config, data_fingerprint: str) -> StartingPoint:
     Raises:
         UserError: if the named checkpoint is not whole, or the config differs in what may not change.
     """
-    folder = config.run.output_dir
+    folder = config.run.output_dir.absolute()  # workers may have another working directory
     if config.run.resume == "never":
         return StartingPoint(None, finished=False)
     if config.run.resume == "auto":
         found = checkpoint.newest(folder / "checkpoints")
     else:
-        found = checkpoint.read(Path(config.run.resume))
+        found = checkpoint.read(Path(config.run.resume).absolute())
         if found is None:
             raise UserError(
                 "run.resume", config.run.resume, "is no complete checkpoint.", "Name a checkpoints/step_N folder."
@@ -65,18 +70,41 @@ def find_start(config: Config, data_fingerprint: str) -> StartingPoint:
     if found is None:
         return StartingPoint(None, finished=False)
     _refuse_changes(found.state, run_state(config, data_fingerprint))
-    return StartingPoint(found, finished=found.step >= config.trainer.max_steps and (folder / "export").is_dir())
+    finished = found.step >= config.trainer.max_steps and exported_step(folder) == found.step
+    return StartingPoint(found, finished=finished)
+
+
+def exported_step(folder: Path) -> int | None:
+    """The step whose weights are in the run's export; None if there is none."""
+    try:
+        return json.loads((folder / "export" / _EXPORT_MARK).read_text(encoding="utf-8"))["step"]
+    except FileNotFoundError:
+        return None
+
+
+def mark_export(export: Path, step: int) -> None:
+    """Note in an exported model which step it is of."""
+    (export / _EXPORT_MARK).write_text(json.dumps({"step": step}) + "\n", encoding="utf-8")
 
 
 def prepare(config: Config, start: StartingPoint) -> None:
-    """Make the run's folder, move an older run aside where it is not resumed, and write the resolved config."""
-    folder = config.run.output_dir
-    if start.checkpoint is None and folder.exists() and any(folder.iterdir()):
+    """Make the run's folder and write the resolved config.
+
+    What is there of another run (one that is not resumed) is moved aside. A run that goes on from another folder's
+    checkpoint takes over that folder's records, so that its own are whole.
+    """
+    folder = config.run.output_dir.absolute()
+    origin = start.checkpoint.folder.parent.parent if start.checkpoint else None
+    if origin != folder and folder.exists() and any(folder.iterdir()):
         number = 1
         while (aside := folder.with_name(f"{folder.name}.{number}")).exists():
             number += 1
         folder.rename(aside)
     folder.mkdir(parents=True, exist_ok=True)
+    if origin not in (None, folder):
+        for name in ("metrics.jsonl", "samples.jsonl"):
+            if (origin / name).exists():
+                shutil.copy(origin / name, folder / name)
     checkpoint.drop_after(folder / "checkpoints", start.completed_steps)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 

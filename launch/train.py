@@ -15,8 +15,8 @@ from launch.build import build_parts, build_span
 from launch.display import make_display
 from launch.placement import plan_placement
 from launch.preflight import check
-from launch.ray_session import Workers, ray_session, resources
-from launch.run_folder import find_start, prepare
+from launch.ray_session import Workers, joins_cluster, ray_session, resources
+from launch.run_folder import find_start, mark_export, prepare
 from trainer.loop import train
 
 
@@ -33,33 +33,33 @@ def run_training(config: Config, console: Console) -> Path:
     if start.finished:
         console.print(f"{config.run.name}: finished before; the model is in {export}")
         return export
-    num_cpus, num_gpus = resources()
-    plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)  # refuse before Ray starts
+    if not joins_cluster():
+        plan_placement(config, *resources())  # what does not fit on this host is refused before Ray starts
     for warning in facts.warnings:
         console.print(f"[yellow]note:[/] {warning}")
-    prepare(config, start)
-    if start.checkpoint is not None:
-        console.print(f"{config.run.name}: going on after step {start.completed_steps}")
 
     with ray_session():
-        num_cpus, num_gpus = resources()  # of the cluster, now that Ray runs
-        places = plan_placement(config, num_cpus=num_cpus, num_gpus=num_gpus)
+        places = plan_placement(config, *resources())
+        prepare(config, start)
+        if start.checkpoint is not None:
+            console.print(f"{config.run.name}: going on after step {start.completed_steps}")
         with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
             display = make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
             with console.status(f"{config.run.name}: starting {', '.join(place.worker for place in places)}"):
                 parts = build_parts(config, facts, start, workers, report=display.show, stop_requested=stop_requested)
             with display:
                 train(parts, build_span(config, facts, start))
-            _export(parts.learner.export, export)
+            _export(parts.learner.export, export, step=config.trainer.max_steps)
     console.print(f"{config.run.name}: done; the model is in {export}")
     return export
 
 
-def _export(export: Callable[[Path], None], folder: Path) -> None:
+def _export(export: Callable[[Path], None], folder: Path, *, step: int) -> None:
     """Write the model aside, then rename: a folder named `export` is always whole."""
     temporary = folder.with_name("export.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     export(temporary)
+    mark_export(temporary, step)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 

@@ -1,6 +1,7 @@
 """The DeepSpeed engine around the student: sharding, accumulation, clipping and the optimizer."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ class DeepSpeedEngine:
         """Wrap the model. RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT must be set."""
         if not torch.cuda.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        # DeepSpeed builds an extension with ninja and looks for it on PATH; pip puts it beside this interpreter.
+        os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
         import deepspeed
 
         deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")

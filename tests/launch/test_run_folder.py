@@ -4,7 +4,7 @@ from tiny import config_tree
 from gkd.config import parse_config
 from gkd.errors import UserError
 from launch.placement import plan_placement
-from launch.run_folder import find_start, prepare, run_state
+from launch.run_folder import find_start, mark_export, prepare, run_state
 from trainer import checkpoint
 
 
@@ -31,6 +31,9 @@ def test_auto_goes_on_from_the_newest_checkpoint_and_knows_a_finished_run(tmp_pa
     write_checkpoint(folder, 3)
     assert not find_start(config(folder), "hash").finished  # the export is missing
     (folder / "export").mkdir()
+    mark_export(folder / "export", 2)
+    assert not find_start(config(folder), "hash").finished  # it is an earlier step's
+    mark_export(folder / "export", 3)
     assert find_start(config(folder), "hash").finished
     assert not find_start(config(folder, trainer__max_steps=5), "hash").finished
 
@@ -58,6 +61,18 @@ def test_a_named_checkpoint_drops_the_later_ones(tmp_path):
     assert start.completed_steps == 1
     prepare(named, start)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_1"]
+
+
+def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
+    write_checkpoint(tmp_path / "a", 2)
+    (tmp_path / "a" / "samples.jsonl").write_text('{"step": 1}\n')
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "samples.jsonl").write_text("another run's")
+    named = config(tmp_path / "b", run__resume=str(tmp_path / "a" / "checkpoints" / "step_2"))
+    prepare(named, find_start(named, "hash"))
+    assert (tmp_path / "b" / "samples.jsonl").read_text() == '{"step": 1}\n'
+    assert (tmp_path / "b.1" / "samples.jsonl").read_text() == "another run's"
+    assert (tmp_path / "a" / "checkpoints" / "step_2").is_dir()
 
 
 MAY_CHANGE = {"trainer__max_steps": 9, "log__rollouts_every": 1, "trainer__checkpoint_every": 1, "run__name": "other"}
@@ -94,19 +109,19 @@ def test_other_data_under_the_same_name_is_refused(tmp_path):
 
 
 def test_workers_share_the_cpus_where_there_is_no_gpu(tmp_path):
-    places = plan_placement(config(tmp_path), num_cpus=2, num_gpus=0)
+    places = plan_placement(config(tmp_path), 2, 0)
     assert [place.worker for place in places] == ["trainer", "rollout", "teacher"]
     assert sum(place.num_cpus for place in places) <= 2 and all(place.num_gpus == 0 for place in places)
-    assert [p.worker for p in plan_placement(config(tmp_path, data__on_policy_fraction=0), num_cpus=8, num_gpus=0)] == [
+    assert [p.worker for p in plan_placement(config(tmp_path, data__on_policy_fraction=0), 8, 0)] == [
         "trainer",
         "teacher",
     ]
 
 
 def test_workers_get_gpus_of_their_own_or_a_clear_refusal(tmp_path):
-    places = plan_placement(config(tmp_path), num_cpus=8, num_gpus=4)
+    places = plan_placement(config(tmp_path), 8, 4)
     assert [place.num_gpus for place in places] == [1, 1, 1]
     with pytest.raises(UserError, match="need 3"):
-        plan_placement(config(tmp_path), num_cpus=8, num_gpus=2)
+        plan_placement(config(tmp_path), 8, 2)
     with pytest.raises(UserError, match="cores"):
-        plan_placement(config(tmp_path), num_cpus=2, num_gpus=3)
+        plan_placement(config(tmp_path), 2, 3)
