@@ -23,3 +23,7 @@ class NotBuiltYet(UserError):
 
     def __reduce__(self) -> tuple[type, tuple[str, object, str]]:
         return type(self), (self.field, self.value, self.cure)
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has saved a checkpoint."""

@@ -21,9 +21,12 @@ def load_object(path: str, *, field: str) -> Any:
         raise UserError(field, path, "is not an import path.", 'Write it as "package.module:name".')
     try:
         module = importlib.import_module(module_name)
-    except ImportError as error:
+    except Exception as error:  # the user's own module may fail in any way
         raise UserError(
-            field, path, f"cannot be imported: {error}.", "Put the file's folder on PYTHONPATH, or correct the path."
+            field,
+            path,
+            f"cannot be imported: {type(error).__name__}: {error}.",
+            "Put the file's folder on PYTHONPATH, or correct the path or the file.",
         ) from error
     if not hasattr(module, name):
         raise UserError(field, path, f"module {module_name} has no {name!r}.", "Correct the name after the colon.")

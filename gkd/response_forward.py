@@ -33,7 +33,8 @@ class ResponseForward:
         self.device = next(model.parameters()).device
         self.share_rows = False
         self.num_head_rows = self._check_selection()
-        self.share_rows = self.packing_gap() < _tolerance(model)
+        # Where rounding hides a small leak (bfloat16) sharing is given up early: all that costs is padding.
+        self.share_rows = self.packing_gap() < (1e-3 if _is_float32(model) else 0.05)
 
     def __call__(self, packed: PackedRows) -> torch.Tensor:
         """Logits [T, V] at temperature 1, in the model's dtype; gradients as the caller's context has them."""
@@ -62,7 +63,9 @@ class ResponseForward:
         selected = self(packed)
         whole = self._run(input_ids=packed.input_ids_RS.to(self.device), use_cache=False).logits
         gap = (selected - whole.flatten(0, 1)[packed.response_index_T.to(self.device)]).abs().max().item()
-        if not gap < _tolerance(self._model):
+        # Logits of bfloat16 models may differ by units in the last place of the largest; a wrong position by far more.
+        tolerance = 1e-3 if _is_float32(self._model) else 2**-6 * max(1.0, whole.abs().max().item())
+        if not gap < tolerance:
             raise ValueError(
                 f"{type(self._model).__name__} does not compute its logits from its decoder's last hidden state alone "
                 f"(off by {gap:.2g}): this architecture is not supported"
@@ -81,9 +84,8 @@ class ResponseForward:
         return (shared.float().log_softmax(-1) - alone.float().log_softmax(-1)).abs().max().item()
 
 
-def _tolerance(model: Any) -> float:
-    """Rounding of one forward pass against another: far above float32 noise, far below a leak."""
-    return 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.1
+def _is_float32(model: Any) -> bool:
+    return next(model.parameters()).dtype == torch.float32
 
 
 def _ragged_example(model: Any) -> tuple[list[list[int]], list[list[int]]]:

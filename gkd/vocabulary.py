@@ -14,7 +14,7 @@ def tokenizer_size(tokenizer: Any) -> int:
     return max(tokenizer.get_vocab().values()) + 1
 
 
-def shared_tokens(student: Any, teacher: Any, *, teacher_path: str) -> int:
+def shared_tokens(student: Any, teacher: Any, *, teacher_path: str, field: str) -> int:
     """How many leading ids mean the same token in both tokenizers: all of the smaller one's.
 
     One may know more special tokens than the other, appended after the common ones; those stay out of rollouts and
@@ -24,6 +24,7 @@ def shared_tokens(student: Any, teacher: Any, *, teacher_path: str) -> int:
         student: the student's tokenizer (anything with `get_vocab()`).
         teacher: the teacher's.
         teacher_path: for the message.
+        field: the config field that named the teacher, for the message.
 
     Raises:
         UserError: if a common id means different tokens, naming the first ones.
@@ -34,7 +35,7 @@ def shared_tokens(student: Any, teacher: Any, *, teacher_path: str) -> int:
     if different:
         examples = ", ".join(f"{i} is {ours.get(i)!r} and {theirs.get(i)!r}" for i in different[:3])
         raise UserError(
-            "teacher.model",
+            field,
             teacher_path,
             f"has another tokenizer than the student: {len(different)} of {size} common ids differ (for example "
             f"{examples}).",

@@ -1,6 +1,7 @@
 """The `gkd` command."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -8,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from gkd.errors import UserError
+from gkd.errors import Interrupted, UserError
 from gkd.version import __version__
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -69,6 +70,8 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
 ) -> None:
     """Exact match of greedy responses, and divergence to a teacher on the student's own and on dataset responses."""
+    if output is not None and not output.absolute().parent.is_dir():
+        raise UserError("--output", str(output), "its folder does not exist.", "Make the folder, or name another.")
     from launch.evaluate import EvalRequest, run_eval
 
     request = EvalRequest(
@@ -93,17 +96,20 @@ def evaluate(
 
 
 def main() -> None:
-    """Entry point: user mistakes become one message and exit code 2."""
+    """Entry point of `gkd`."""
+    run_command(app)
+
+
+def run_command(command: Callable[[], None]) -> None:
+    """Run a command: user mistakes become one message and exit code 2, an interrupted run exit code 130."""
     try:
-        app()
+        command()
     except UserError as error:
         Console(stderr=True).print(f"[bold red]error:[/] {_escape(str(error))}", soft_wrap=True, highlight=False)
         sys.exit(2)
-    except Exception as error:
-        if type(error).__name__ == "Interrupted":
-            typer.echo(str(error), err=True)
-            sys.exit(130)
-        raise
+    except Interrupted as error:
+        typer.echo(str(error), err=True)
+        sys.exit(130)
 
 
 def _escape(text: str) -> str:

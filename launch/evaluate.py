@@ -71,11 +71,17 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     num_tokens = tokenizer_size(student.tokenizer)
     if request.teacher is not None:
         teacher = read_model(request.teacher, field="--teacher", need_weights=True)
-        num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
+        num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="--teacher")
     context = min(model.context for model in (student, teacher) if model is not None)
     if request.max_new_tokens >= context:
         raise UserError("--max-new-tokens", request.max_new_tokens, f"fills a context of {context}.", "Lower it.")
-    data = tokenize(records, student.tokenizer, max_prompt_tokens=context - request.max_new_tokens, max_tokens=context)
+    data = tokenize(
+        records,
+        student.tokenizer,
+        max_prompt_tokens=context - request.max_new_tokens,
+        max_tokens=context,
+        field="prompt room (context - max-new-tokens)",
+    )
     prompts = [Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids) for r in data.records]
 
     with ray_session():

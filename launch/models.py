@@ -18,8 +18,8 @@ class ModelFacts:
     """Rows of the head, padding included."""
     context: int
     """Most positions."""
-    head_dim: int
-    """Width of an attention head."""
+    head_dim: int | None
+    """Width of an attention head; None for architectures without attention."""
     stop_ids: frozenset[int]
     """Tokens that end a response, from the tokenizer, the config and the generation config."""
     tokenizer: Any
@@ -65,10 +65,15 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         path=str(folder.resolve()) if folder.is_dir() else path,
         head_rows=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
-        head_dim=getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        head_dim=_head_dim(text),
         stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < tokenizer_size(tokenizer)),
         tokenizer=tokenizer,
     )
+
+
+def _head_dim(config: Any) -> int | None:
+    heads = getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
 def _weight_files(folder: Path) -> list[Path]:

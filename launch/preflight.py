@@ -61,11 +61,16 @@ def check(config: Config) -> Facts:
     num_tokens = tokenizer_size(student.tokenizer)
     if config.needs_teacher and config.teacher is not None:
         teacher = read_model(config.teacher.model, field="teacher.model", need_weights=True)
-        num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path)
+        num_tokens = shared_tokens(
+            student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="teacher.model"
+        )
     if config.needs_rollouts:
         check_head_dim(student, field="student.model")
 
+    if not config.needs_completions:  # what is never used can neither be too long nor lack a stop token
+        records = [Record(record.prompt, None) for record in records]
     data = _tokenize(config, records, student, teacher)
+    _check_ids(data, student, teacher, num_tokens)
     response_room = config.rollout.max_new_tokens if config.needs_rollouts else 0
     return Facts(
         student=student,
@@ -87,7 +92,7 @@ def check_head_dim(model: ModelFacts, *, field: str) -> None:
     Raises:
         UserError: on hosts without GPUs, for an unsupported width.
     """
-    if host_has_gpu() or model.head_dim in _CPU_HEAD_SIZES:
+    if host_has_gpu() or model.head_dim is None or model.head_dim in _CPU_HEAD_SIZES:
         return
     raise UserError(
         field,
@@ -118,9 +123,33 @@ def _check_signal(config: Config) -> None:
 
 
 def _check_output(folder: Path) -> None:
+    if folder.resolve() == Path.cwd():
+        raise UserError("run.output_dir", str(folder), "is the working directory.", "Name a folder of the run's own.")
     existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         raise UserError("run.output_dir", str(folder), f"cannot be written: see {existing}.", "Choose another folder.")
+
+
+def _check_ids(data: TokenizedData, student: ModelFacts, teacher: ModelFacts | None, num_tokens: int) -> None:
+    """Every token that will be read, sampled or scored is one that both models know."""
+    known = min(num_tokens, student.head_rows, teacher.head_rows if teacher else num_tokens)
+    largest = max(max((*r.prompt_ids, *(r.completion_ids or ()))) for r in data.records)
+    if largest >= known:
+        raise UserError(
+            "data.train.path",
+            f"token {student.tokenizer.convert_ids_to_tokens(largest)!r} (id {largest})",
+            f"is beyond the {known} tokens that all models know.",
+            "Use models of one family, or leave the token out of the data.",
+        )
+    unknown = sorted(i for i in student.stop_ids if i >= known)
+    if teacher is not None and unknown:
+        raise UserError(
+            "teacher.model",
+            teacher.path,
+            f"does not know the student's stop token {student.tokenizer.convert_ids_to_tokens(unknown[0])!r}: rollouts "
+            "could never end, and their ends could not be scored.",
+            "Give the student a stop token that both have.",
+        )
 
 
 def _tokenize(
@@ -144,7 +173,13 @@ def _tokenize(
             f"does not fit beside {response_room} response tokens in a context of {context} tokens.",
             f"Set it to at most {longest}.",
         )
-    return tokenize(records, student.tokenizer, max_prompt_tokens=limit or longest, max_tokens=context)
+    return tokenize(
+        records,
+        student.tokenizer,
+        max_prompt_tokens=limit or longest,
+        max_tokens=context,
+        field="data.max_prompt_tokens",
+    )
 
 
 def _warnings(

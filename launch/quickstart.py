@@ -17,6 +17,7 @@ from rich.table import Table
 
 from gkd.config import load_config
 from launch.chain_sum import prepare
+from launch.cli import run_command
 from launch.evaluate import EvalRequest, run_eval
 from launch.plots import plot_curves
 from launch.ray_session import ray_session
@@ -30,7 +31,8 @@ def main() -> None:
     """Run the quickstart and print what came of it."""
     console = Console()
     started = time.monotonic()
-    shutil.rmtree(_FOLDER, ignore_errors=True)
+    if (_FOLDER / "summary.json").exists():
+        shutil.rmtree(_FOLDER)  # a finished quickstart starts afresh; one that was interrupted goes on
     console.rule("1. Data and untrained models")
     prepare(_FOLDER)
     with ray_session():
@@ -106,4 +108,4 @@ def _print_table(summary: dict[str, Any], console: Console) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -25,7 +25,7 @@ def run_training(config: Config, console: Console) -> Path:
 
     Raises:
         UserError: before any worker starts, for anything that the user can mend.
-        trainer.loop.Interrupted: after a checkpoint, if a signal asked to stop.
+        Interrupted: after a checkpoint, if a signal asked to stop.
     """
     export = config.run.output_dir.absolute() / "export"
     facts = check(config)

@@ -60,6 +60,7 @@ class Pipeline:
         self._last_step = last_step
         self._max_staleness = max_staleness
         self._timeout_s = timeout_s
+        self._progress_at = time.monotonic()
         self._callbacks: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._assemblies: dict[int, _Assembly] = {}
         self._step_of: dict[SampleId, int] = {}
@@ -100,9 +101,10 @@ class Pipeline:
             self._ready.put(error)
 
     def _next_callback(self) -> Callable[[], None] | None:
-        """Waits without end while there is nothing to wait for, and with a deadline while work is out."""
+        """Waits without end while no work is out, else until nothing has finished for too long."""
+        remaining = self._progress_at + self._timeout_s - time.monotonic()
         try:
-            return self._callbacks.get(timeout=self._timeout_s if self._assemblies else None)
+            return self._callbacks.get(timeout=max(0.0, remaining) if self._assemblies else None)
         except queue.Empty:
             raise TimeoutError(
                 f"no rollout and no teacher signal finished in {self._timeout_s:g} s while steps "
@@ -110,6 +112,7 @@ class Pipeline:
             ) from None
 
     def _dispatch(self, version: int) -> None:
+        self._progress_at = time.monotonic()
         while self._next_step <= min(version + 1 + self._max_staleness, self._last_step):
             plan = self._mixer.plan(self._next_step)
             self._next_step += 1
@@ -124,6 +127,7 @@ class Pipeline:
                 self._rollout_finished(rollout)
 
     def _rollout_finished(self, rollout: Rollout) -> None:
+        self._progress_at = time.monotonic()
         step = self._step_of.pop(rollout.id)
         assembly = self._assemblies[step]
         assembly.rollouts[rollout.id] = rollout
@@ -136,6 +140,7 @@ class Pipeline:
             self._teachers.submit((step, group), members)
 
     def _group_scored(self, key: GroupKey, scored: ScoredGroup) -> None:
+        self._progress_at = time.monotonic()
         step, group = key
         assembly = self._assemblies[step]
         assembly.scored[group] = scored

@@ -60,7 +60,8 @@ def read_jsonl(path: str | Path, *, field: str, need_completion: bool = False) -
         UserError: for a missing or empty file, and for the first bad line, by number.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): it also splits at characters that JSON allows inside strings (U+2028).
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(field, str(path), f"cannot be read: {error}.", "Give a UTF-8 JSONL file.") from None
     records = [
@@ -94,13 +95,16 @@ def _parse(line: str, *, where: str, field: str, need_completion: bool) -> Recor
     return Record(prompt=record["prompt"], completion=completion)
 
 
-def tokenize(records: Sequence[Record], tokenizer: Any, *, max_prompt_tokens: int, max_tokens: int) -> TokenizedData:
+def tokenize(
+    records: Sequence[Record], tokenizer: Any, *, max_prompt_tokens: int, max_tokens: int, field: str
+) -> TokenizedData:
     """Token ids of every record that fits; nothing is cut.
 
     Args:
         records: the records.
         tokenizer: a Hugging Face tokenizer; a completion ends in its `eos_token_id`.
         max_prompt_tokens: longer prompts are left out and counted.
+        field: the config field that limits prompts, for messages.
         max_tokens: records whose prompt and completion together are longer are left out and counted.
 
     Raises:
@@ -116,9 +120,7 @@ def tokenize(records: Sequence[Record], tokenizer: Any, *, max_prompt_tokens: in
         if 0 < len(prompt) <= max_prompt_tokens and len(prompt) + len(completion or ()) <= max_tokens
     )
     if not kept:
-        raise UserError(
-            "data.max_prompt_tokens", max_prompt_tokens, "no record fits.", "Raise it, or shorten the prompts."
-        )
+        raise UserError(field, max_prompt_tokens, "no record fits.", "Raise it, or shorten the prompts.")
     return TokenizedData(
         records=kept,
         num_overlong=len(records) - len(kept),

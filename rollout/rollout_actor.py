@@ -1,5 +1,6 @@
 """Ray around the vLLM generator: a thin actor, and the driver's handle on it."""
 
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
@@ -32,7 +33,7 @@ class RolloutActor:
         self._generator.add(prompts, temperature=temperature)
         finished: list[Rollout] = []
         steps = 0
-        while self._generator.num_in_flight and not finished and steps < _STEPS_PER_CALL:
+        while self._generator.num_unfinished and not finished and steps < _STEPS_PER_CALL:
             finished = self._generator.step()
             steps += 1
         return finished
@@ -90,11 +91,20 @@ class RolloutPool:
 
 
 def generate(actor: Any, prompts: Sequence[Prompt], *, temperature: float, timeout_s: float) -> list[Rollout]:
-    """All rollouts of some prompts, in the prompts' order; for evaluation, where nothing else runs."""
+    """All rollouts of some prompts, in the prompts' order; for evaluation, where nothing else runs.
+
+    Raises:
+        TimeoutError: if nothing finishes for `timeout_s` seconds.
+    """
     finished: dict[Any, Rollout] = {}
     waiting: Sequence[Prompt] = prompts
+    progress_at = time.monotonic()
     while len(finished) < len(prompts):
         call = actor.advance.remote(waiting, temperature)
         waiting = []
-        finished |= {rollout.id: rollout for rollout in ray.get(call, timeout=timeout_s)}
+        arrived = ray.get(call, timeout=timeout_s)
+        finished |= {rollout.id: rollout for rollout in arrived}
+        progress_at = time.monotonic() if arrived else progress_at
+        if time.monotonic() - progress_at > timeout_s:
+            raise TimeoutError(f"no rollout finished in {timeout_s:g} s")
     return [finished[prompt.id] for prompt in prompts]

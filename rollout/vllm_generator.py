@@ -69,6 +69,7 @@ class VllmGenerator:
         self._settings = settings
         self._version = 0
         self._in_flight: dict[str, _InFlight] = {}
+        self._finished_early: list[Rollout] = []
         self._probes = 0
         self._engine = LLMEngine.from_engine_args(EngineArgs(**self._engine_args()))
         self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
@@ -96,9 +97,9 @@ class VllmGenerator:
         }
 
     @property
-    def num_in_flight(self) -> int:
-        """Sequences that were added and have not come out."""
-        return len(self._in_flight)
+    def num_unfinished(self) -> int:
+        """Sequences that were added and that `step` has not returned."""
+        return len(self._in_flight) + len(self._finished_early)
 
     def add(self, prompts: Sequence[Prompt], *, temperature: float | None = None) -> None:
         """Queue prompts. Each gets a seed from its identity: the same tokens alone or in any batch.
@@ -116,8 +117,11 @@ class VllmGenerator:
             self._add_request(name, prompt, self._sampling_params(seed=seed, temperature=temperature), salt="rollout")
 
     def step(self) -> list[Rollout]:
-        """One engine step; the rollouts that it finished."""
-        return [self._to_rollout(output) for output in self._engine.step() if output.finished]
+        """The rollouts that one engine step finished, or those that finished while a probe was stepping the engine."""
+        if self._finished_early:
+            early, self._finished_early = self._finished_early, []
+            return early
+        return [rollout for _, rollout in self._step()]
 
     def update_weights(self, weights: WeightBuckets) -> None:
         """Load new weights. Sequences in flight go on with them and record both versions."""
@@ -131,9 +135,8 @@ class VllmGenerator:
     def probe(self) -> list[Rollout]:
         """Short rollouts from the current weights, with log-probabilities at temperature 1 over the engine's own rows.
 
-        Must be called when nothing is in flight: it steps the engine until its own sequences are done.
+        Steps the engine until its own sequences are done; what else finishes meanwhile is returned by the next `step`.
         """
-        assert not self._in_flight, "the probe steps the engine: nothing else may be in flight"
         self._probes += 1
         for i, token_ids in enumerate(self._settings.probe_prompts):
             prompt = Prompt(id=SampleId(0, i, 0), token_ids=token_ids)
@@ -141,9 +144,14 @@ class VllmGenerator:
             params = self._sampling_params(seed=seed, logprobs=True, temperature=1.0, max_tokens=PROBE_TOKENS)
             self._add_request(f"probe-{i}", prompt, params, salt=f"probe{self._probes}")
         finished: list[Rollout] = []
-        while self._in_flight:
-            finished += self.step()
+        while len(finished) < len(self._settings.probe_prompts):
+            for name, rollout in self._step():
+                (finished if name.startswith("probe-") else self._finished_early).append(rollout)
         return sorted(finished, key=lambda rollout: rollout.id)
+
+    def _step(self) -> list[tuple[str, Rollout]]:
+        """One engine step: name and rollout of what it finished."""
+        return [(o.request_id, self._to_rollout(o)) for o in self._engine.step() if o.finished]
 
     def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str) -> None:
         # The prefix cache outlives a sync: the salt keeps each version's prefixes apart.

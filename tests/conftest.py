@@ -1,5 +1,8 @@
 import os
+from pathlib import Path
 
+# Ray's workers inherit the environment, not this process's sys.path.
+os.environ["PYTHONPATH"] = str(Path(__file__).parent / "support")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -46,7 +46,8 @@ def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], N
     files = {str(p.relative_to(temporary)): p.stat().st_size for p in sorted(temporary.rglob("*")) if p.is_file()}
     state_file = temporary / _STATE
     state_file.write_text(json.dumps({"step": step, "files": files, "state": state}, indent=1), encoding="utf-8")
-    for path in [*(temporary / name for name in files), state_file, temporary]:
+    folders = [path for path in temporary.rglob("*") if path.is_dir()]
+    for path in [*(temporary / name for name in files), state_file, *folders, temporary]:
         _flush(path)
     shutil.rmtree(final, ignore_errors=True)
     temporary.rename(final)

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from gkd.errors import Interrupted
 from trainer import checkpoint
 from trainer.metrics import step_metrics
 from trainer.records import Records
 from trainer.weight_sync import SyncReport
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved a checkpoint."""
 
 
 class Sync(Protocol):
@@ -87,6 +84,7 @@ def train(parts: Parts, span: Span) -> None:
             parts.report(metrics)
             stop = parts.stop_requested()
             if stop or span.saves_at(step):
+                records.flush_to_disk()  # a checkpoint must never know more than the ledger
                 checkpoint.write(span.checkpoints, step, span.state, parts.learner.save, keep_last=span.keep_last)
             if stop and step < span.max_steps:
                 raise Interrupted(f"stopped after step {step}; a checkpoint is saved")

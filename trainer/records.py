@@ -1,6 +1,7 @@
 """What a run leaves behind while it runs: metrics, the ledger of trained samples, and rollouts as text."""
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ Detokenize = Callable[[Sequence[int]], str]
 class Records:
     """Appends one line a step to `metrics.jsonl`, one a sample to `samples.jsonl`, and some rollouts as text.
 
-    Lines are flushed before the step's checkpoint is written, so a checkpoint never knows more than the ledger.
+    Lines are flushed at every step, and brought to disk before a checkpoint is written.
     """
 
     def __init__(
@@ -39,6 +40,11 @@ class Records:
         self._metrics.flush()
         if self._rollouts_every and (step == 1 or step % self._rollouts_every == 0):
             self._write_rollouts(step, rollouts[: self._rollouts_kept])
+
+    def flush_to_disk(self) -> None:
+        """Make sure that what was recorded survives a power cut."""
+        for file in (self._metrics, self._samples):
+            os.fsync(file.fileno())
 
     def __enter__(self) -> "Records":
         return self

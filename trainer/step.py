@@ -3,6 +3,7 @@
 Legend: T response tokens of a micro-batch, V shared vocabulary rows.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ class StepReport:
     """Forward passes."""
 
 
+class TrainingDiverged(ArithmeticError):
+    """The loss is not a number."""
+
+
 class TrainStep:
     """Turns a scored batch into one update of the student."""
 
@@ -58,13 +63,23 @@ class TrainStep:
         self._tokens_per_micro_batch = tokens_per_micro_batch
 
     def __call__(self, batch: Sequence[ScoredRollout], *, learning_rate: float) -> StepReport:
-        """Train on a batch. Its split into micro-batches changes the result by rounding only."""
+        """Train on a batch. Its split into micro-batches changes the result by rounding only.
+
+        Raises:
+            TrainingDiverged: before the update, if the loss is infinite or not a number.
+        """
         weights = sequence_token_weights([len(s.rollout.response_ids) for s in batch], self._reduction)
         groups = split_by_tokens([len(s.rollout.token_ids) for s in batch], self._tokens_per_micro_batch)
         totals: dict[str, float] = defaultdict(float)
         for group in groups:
             for name, value in self._micro_batch([batch[i] for i in group], [weights[i] for i in group]).items():
                 totals[name] += value
+        if not math.isfinite(totals["total"]):
+            raise TrainingDiverged(
+                f"the loss is {totals['total']}: the weights are left as they were before this step. Usual causes: a "
+                "learning rate that is too high (trainer.learning_rate), no clipping (trainer.grad_clip), or a teacher "
+                "that gives probability 0 to a token"
+            )
         grad_norm = self._engine.step(learning_rate)
         return StepReport(
             loss=totals.pop("total"),

@@ -79,7 +79,15 @@ class Learner:
 
     def publish(self, version: int) -> WeightBuckets:
         """The current weights, packed, as objects that the driver owns."""
-        refs = list(self._actor.send_weights.options(num_returns="streaming").remote())
+        buckets = self._actor.send_weights.options(num_returns="streaming").remote()
+        refs: list[Any] = []
+        while True:
+            if not ray.wait([buckets], timeout=self._timeout_s)[0]:
+                raise TimeoutError(f"the trainer sent no weights in {self._timeout_s:g} s")
+            try:
+                refs.append(next(buckets))
+            except StopIteration:
+                break
         return WeightBuckets(version=version, updates=refs, num_bytes=self._get(self._actor.sent_bytes.remote()))
 
     def save(self, folder: Path) -> None:

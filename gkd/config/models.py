@@ -40,7 +40,7 @@ class TeacherConfig(Section):
     """Folder or hub name, in Hugging Face format."""
     backend: Literal["hf", "vllm"] = "hf"
     """Engine that runs it."""
-    signal: Literal["full_logits", "hidden_states", "top_k", "sampled_logprobs"] = "full_logits"
+    signal: Literal["full_logits", "hidden_states", "top_k", "sampled_logprobs", "attention_relations"] = "full_logits"
     """Form in which its judgement travels."""
     num_actors: Count = 1
     """Copies of the teacher."""

@@ -65,6 +65,8 @@ RESERVED_OBJECTIVES = frozenset({"sum", "seq_kd", "sampled_kl", "minillm", "rl_g
 
 def _tag(reserved: frozenset[str], value: Any) -> str | None:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if not isinstance(kind, str):
+        return None
     return "reserved" if kind in reserved else kind
 
 

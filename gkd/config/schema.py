@@ -1,7 +1,7 @@
 """The whole config. Its keys are fixed from the start; what a version does not build is refused in `built.py`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -40,7 +40,7 @@ class EvalConfig(Section):
 
     every_steps: NonNegativeInt = 0
     """Steps between evaluations; 0 is never."""
-    metrics: list[str] = ["exact_match", "divergence"]
+    metrics: list[Literal["exact_match", "divergence"]] = ["exact_match", "divergence"]
     """What is measured."""
     best: str | None = None
     """Metric whose best checkpoint is kept."""

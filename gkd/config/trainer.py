@@ -6,6 +6,8 @@ from pydantic import Field
 
 from gkd.config.base import Count, NonNegative, NonNegativeInt, Positive, Section
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
 
 class TrainerConfig(Section):
     """Optimisation."""
@@ -28,7 +30,7 @@ class TrainerConfig(Section):
     """Steps of linear warm-up."""
     weight_decay: NonNegative = 0.0
     """AdamW's decoupled weight decay, on matrices only."""
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     """AdamW's moment decays."""
     grad_clip: NonNegative = 1.0
     """Largest gradient norm; 0 is off."""

@@ -14,18 +14,22 @@ class Tokenizer:
 
 
 def test_equal_tokenizers_share_everything():
-    assert shared_tokens(Tokenizer("a", "b"), Tokenizer("a", "b"), teacher_path="t") == 2
+    assert shared_tokens(Tokenizer("a", "b"), Tokenizer("a", "b"), teacher_path="t", field="teacher.model") == 2
 
 
 def test_tokens_appended_to_one_are_left_out():
-    assert shared_tokens(Tokenizer("a", "b"), Tokenizer("a", "b", "<think>"), teacher_path="t") == 2
-    assert shared_tokens(Tokenizer("a", "b", "<think>"), Tokenizer("a", "b"), teacher_path="t") == 2
+    assert (
+        shared_tokens(Tokenizer("a", "b"), Tokenizer("a", "b", "<think>"), teacher_path="t", field="teacher.model") == 2
+    )
+    assert (
+        shared_tokens(Tokenizer("a", "b", "<think>"), Tokenizer("a", "b"), teacher_path="t", field="teacher.model") == 2
+    )
 
 
 @pytest.mark.parametrize("other", [("b", "a"), ("a", "c"), ("x", "a", "b")])
 def test_other_tokenizers_are_refused_with_the_reason(other):
     with pytest.raises(UserError, match=r"another tokenizer.*for example \d is '"):
-        shared_tokens(Tokenizer("a", "b"), Tokenizer(*other), teacher_path="t")
+        shared_tokens(Tokenizer("a", "b"), Tokenizer(*other), teacher_path="t", field="teacher.model")
 
 
 def test_padding_rows_are_cut():
@@ -41,6 +45,7 @@ def test_padding_rows_are_cut():
         ("no_colon", "is not an import path"),
         ("absent.module:f", "cannot be imported"),
         ("math:absent", "has no 'absent'"),
+        ("broken_module:f", "NameError"),
     ],
 )
 def test_import_paths_that_lead_nowhere(path, problem):

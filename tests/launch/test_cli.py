@@ -136,7 +136,7 @@ def test_overlong_prompts_are_reported(gkd):
     [
         (["/nowhere"], "MODEL", "Hugging Face"),
         (["{student}", "--teacher", "/nowhere"], "--teacher", "Hugging Face"),
-        (["{student}", "--teacher", "{foreign}"], "teacher.model", "another tokenizer"),
+        (["{student}", "--teacher", "{foreign}"], "--teacher", "another tokenizer"),
         (["{student}", "--divergence", "kl"], "--divergence", "reverse_kl"),
         (["{student}", "--divergence", "total_variation"], "--divergence", "not built yet"),
         (["{student}", "--max-new-tokens", "500"], "--max-new-tokens", "context of 96"),
@@ -175,4 +175,28 @@ def test_data_with_overlong_records_only(gkd, tmp_path):
     path = tmp_path / "long.jsonl"
     path.write_text(json.dumps({"prompt": "a" * 90}) + "\n")
     code, _, err = gkd("check", f"data.train.path={path}")
+    assert code == 2 and "no record fits" in err
+
+
+def test_tokens_that_only_the_student_knows(gkd, tmp_path):
+    """A stop token or data that the teacher cannot read is refused, not cut off in silence."""
+    student = Path(save_model(tmp_path / "student", "llama", rows=24, extra="z"))
+    assert gkd("check", f"student.model={student}")[0] == 0  # a token that nothing uses does no harm
+    data = tmp_path / "z.jsonl"
+    data.write_text(json.dumps({"prompt": "azb"}) + "\n")
+    code, _, err = gkd("check", f"student.model={student}", f"data.train.path={data}")
+    assert code == 2 and "'z'" in err and "beyond the 18 tokens" in err
+
+    tokenizer = make_tokenizer(extra="z")
+    tokenizer.eos_token = "z"
+    tokenizer.save_pretrained(student)
+    code, _, err = gkd("check", f"student.model={student}")
+    assert code == 2 and "stop token 'z'" in err
+
+
+def test_completions_that_are_never_used_can_neither_be_too_long_nor_be_missed(gkd, tmp_path):
+    data = tmp_path / "long.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "completion": "b" * 200}) + "\n")
+    assert gkd("check", f"data.train.path={data}")[0] == 0
+    code, _, err = gkd("check", f"data.train.path={data}", "data.on_policy_fraction=0.5")
     assert code == 2 and "no record fits" in err

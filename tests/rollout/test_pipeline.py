@@ -151,3 +151,14 @@ def test_without_engine_and_teacher_the_dataset_passes_through():
         batch = pipeline.take()
     assert all(rollout.source == "dataset" for rollout in batch.rollouts)
     assert set(batch.signals) == {None}
+
+
+def test_an_engine_that_answers_but_finishes_nothing_has_a_deadline_too():
+    class Busy(FakeRollouts):
+        def submit(self, prompts):
+            threading.Timer(0.01, lambda: self.post(lambda: self.submit(prompts))).start()
+
+    pipeline = Pipeline(mixer(1.0), Busy(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3)
+    with pipeline, pytest.raises(TimeoutError, match="no rollout"):
+        pipeline.release(0)
+        pipeline.take()

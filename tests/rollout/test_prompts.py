@@ -48,13 +48,13 @@ def test_missing_completions_are_refused_where_they_are_needed(tmp_path):
 def test_overlong_records_are_counted_and_nothing_is_cut(tmp_path):
     texts = ["a" * n for n in (1, 4, 5, 9)]
     path = write(tmp_path / "data.jsonl", *(json.dumps({"prompt": t, "completion": "bc"}) for t in texts))
-    data = tokenize(read_jsonl(path, field="x"), make_tokenizer(), max_prompt_tokens=5, max_tokens=7)
+    data = tokenize(read_jsonl(path, field="x"), make_tokenizer(), max_prompt_tokens=5, max_tokens=7, field="x")
     assert [len(record.prompt_ids) for record in data.records] == [1, 4]  # 5 + 2 + stop token = 8 > 7; 9 > 5
     assert (data.num_overlong, data.longest_prompt) == (2, 4)
     assert [record.index for record in data.records] == [0, 1]
     assert data.records[0].completion_ids == (3, 4, EOS)
     with pytest.raises(UserError, match="no record fits"):
-        tokenize(read_jsonl(path, field="x"), make_tokenizer(), max_prompt_tokens=5, max_tokens=2)
+        tokenize(read_jsonl(path, field="x"), make_tokenizer(), max_prompt_tokens=5, max_tokens=2, field="x")
 
 
 def records(count):
@@ -78,3 +78,9 @@ def test_the_stream_is_a_function_of_seed_and_number():
     assert [other.sample(i).id for i in range(40)] != order
     assert len(set(order)) == 40
     assert [i.sample_index for i in order[:4]] == [0, 1, 0, 1]
+
+
+def test_characters_that_only_look_like_line_ends_stay_inside_their_record(tmp_path):
+    text = "a\u2028b\u0085c\x0bd"
+    path = write(tmp_path / "data.jsonl", json.dumps({"prompt": text}, ensure_ascii=False), '{"prompt": "b"}\r')
+    assert [record.prompt for record in read_jsonl(path, field="x")] == [text, "b"]

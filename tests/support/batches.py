@@ -69,3 +69,8 @@ def sft():
 def custom_divergence(student_logits_TV, teacher_logits_TV, *, scale):
     """A user's divergence, found by its import path."""
     return scale * (student_logits_TV - teacher_logits_TV).abs().sum(-1)
+
+
+def averaged_divergence(student_logits_TV, teacher_logits_TV):
+    """A classic mistake: the mean over tokens, which is not the divergence's to take."""
+    return (student_logits_TV - teacher_logits_TV).abs().sum(-1).mean()

@@ -7,6 +7,7 @@ from naive import forward_kl
 from tiny import EOS, save_model
 
 from gkd.objectives.base import ObjectiveOutput
+from trainer.step import TrainingDiverged
 from trainer.student import Student
 
 
@@ -77,7 +78,7 @@ def test_micro_batches_change_losses_by_rounding_only(model, zero_stage):
 
 
 def test_every_response_token_counts_and_no_prompt_token(model):
-    """The gradient does not depend on what the prompt's own tokens would be predicted as; the count is exact."""
+    """What reaches the objective is exactly the response tokens, whatever the prompts' lengths."""
     seen = []
 
     def recording(inputs):
@@ -137,5 +138,16 @@ def test_dropout_acts_only_where_asked_for(tmp_path):
     path = save_model(tmp_path / "gpt2", "gpt2")
     plain, dropped = (Student(student_settings(path, dropout=dropout)) for dropout in (False, True))
     rollouts = [s.rollout for s in scored_batch()]
-    assert dropped.logprobs(rollouts) == plain.logprobs(rollouts)  # never where log-probabilities are compared
     assert abs(plain.step(1, scored_batch()).loss - dropped.step(1, scored_batch()).loss) > 1e-4
+    # After a step with dropout, as before: never where log-probabilities are compared.
+    assert dropped.logprobs(rollouts) == dropped.logprobs(rollouts)
+
+
+def test_a_loss_that_is_no_number_changes_nothing(model):
+    student = Student(student_settings(model, rows=18))
+    before = {name: p.clone() for name, p in student._model.named_parameters()}
+    batch = scored_batch(rows=18)
+    batch[3].signal.logits_TV[0, 0] = float("nan")
+    with pytest.raises(TrainingDiverged, match="learning_rate"):
+        student.step(1, batch)
+    assert all(torch.equal(p, before[name]) for name, p in student._model.named_parameters())
