@@ -49,7 +49,7 @@ def run_training(config: Config, console: Console) -> Path:
                 parts = build_parts(config, facts, start, workers, report=display.show, stop_requested=stop_requested)
             with display:
                 train(parts, build_span(config, facts, start))
-            _export(parts.learner.export, export, step=config.trainer.max_steps)
+            _export(parts.learner.export, export, step=max(config.trainer.max_steps, start.completed_steps))
     console.print(f"{config.run.name}: done; the model is in {export}")
     return export
 
