@@ -21,9 +21,11 @@ def ray_session() -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     size = {} if address else {"num_cpus": available_cpus()}
     try:
+        if address:
+            _knock(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
-    except ConnectionError as error:
-        reason = str(error).strip().splitlines()[0]
+    except (ConnectionError, OSError) as error:
+        reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             "RAY_ADDRESS", address, f"no Ray cluster answers there: {reason}.", "Correct it, or unset it to run here."
         ) from None
@@ -31,6 +33,13 @@ def ray_session() -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str) -> None:
+    """Fail at once where nothing listens: `ray.init` would go on trying for minutes."""
+    host, separator, port = address.removeprefix("ray://").rpartition(":")
+    if separator and port.isdigit():
+        socket.create_connection((host, int(port)), timeout=5).close()
 
 
 def joins_cluster() -> bool:

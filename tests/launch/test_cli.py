@@ -1,6 +1,7 @@
 """The command line as a user meets it: messages, exit codes; nothing expensive starts before a mistake shows."""
 
 import json
+import socket
 import subprocess
 import sys
 import time
@@ -200,3 +201,12 @@ def test_completions_that_are_never_used_can_neither_be_too_long_nor_be_missed(g
     assert gkd("check", f"data.train.path={data}")[0] == 0
     code, _, err = gkd("check", f"data.train.path={data}", "data.on_policy_fraction=0.5")
     assert code == 2 and "no record fits" in err
+
+
+def test_a_cluster_that_does_not_answer(gkd, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{port}")
+    code, _, err = gkd("train")
+    assert code == 2 and err.startswith("error: RAY_ADDRESS = ") and "unset it" in err
