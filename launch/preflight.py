@@ -197,7 +197,7 @@ def _warnings(
             f"stop tokens differ: student {sorted(student.stop_ids)}, teacher {sorted(teacher.stop_ids)}; "
             "rollouts end at the student's"
         )
-    if config.run.resume != "never" and config.rollout.temperature < 0.5 and config.needs_rollouts:
+    if config.needs_rollouts and config.rollout.temperature < 0.5:
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
     return found
 
