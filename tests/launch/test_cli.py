@@ -40,6 +40,7 @@ def gkd(setup, tmp_path, capsys, monkeypatch):
         raise AssertionError("Ray was started before the mistake was found")
 
     monkeypatch.setattr("ray.init", no_ray)
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray is not this command's
 
     def run(verb, *arguments, config_file=config):
         head = [str(config_file)] if verb in ("train", "check") else []
