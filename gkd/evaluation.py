@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from gkd.divergences import Divergence
-from gkd.packing import pack, split_by_tokens
+from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.signals import TeacherSignal
 from gkd.types import Rollout
@@ -25,31 +25,17 @@ def exact_match(responses: Sequence[str], references: Sequence[str]) -> float:
 
 @torch.inference_mode()
 def divergence_sum(
-    forward: ResponseForward,
-    rollouts: Sequence[Rollout],
-    signals: Sequence[TeacherSignal],
-    divergence: Divergence,
-    *,
-    tokens_per_batch: int = 8192,
+    forward: ResponseForward, rollouts: Sequence[Rollout], signals: Sequence[TeacherSignal], divergence: Divergence
 ) -> tuple[float, int]:
     """Sum of a divergence over all response tokens, and their number; the mean per token is their quotient.
 
     Args:
         forward: the student, in eval mode.
-        rollouts: whose responses are compared.
+        rollouts: whose responses are compared, in one forward pass: the caller bounds how many.
         signals: the teacher's full logits, one per rollout.
         divergence: at temperature 1, over the rows that the signals hold.
-        tokens_per_batch: most positions in one forward pass.
     """
-    total, count = 0.0, 0
-    for group in split_by_tokens([len(r.token_ids) for r in rollouts], tokens_per_batch):
-        packed = pack(
-            [rollouts[i].prompt_ids for i in group],
-            [rollouts[i].response_ids for i in group],
-            share_rows=forward.share_rows,
-        )
-        teacher_TV = torch.cat([signals[i].tensor() for i in group]).to(forward.device).float()
-        student_TV = forward(packed)[:, : teacher_TV.shape[-1]].float()
-        total += divergence(student_TV, teacher_TV).double().sum().item()
-        count += len(packed.response_ids_T)
-    return total, count
+    packed = pack([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], share_rows=forward.share_rows)
+    teacher_TV = torch.cat([signal.tensor() for signal in signals]).to(forward.device).float()
+    student_TV = forward(packed)[:, : teacher_TV.shape[-1]].float()
+    return divergence(student_TV, teacher_TV).double().sum().item(), len(packed.response_ids_T)

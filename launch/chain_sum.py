@@ -1,8 +1,8 @@
 """The chain sum: the quickstart's task, its tokenizer and its untrained models.
 
 Single digits are added and subtracted, and worked out as running totals, character by character:
-`1+9+9-7+5+1-3-9-4+3=` -> `10;19;12;17;18;15;06;02;05`. Six to ten operands, so
-that lengths differ; totals stay in 0..99.
+`1+9+9-7+5+1-3-9-4+3=` -> `10;19;12;17;18;15;06;02;05`. Six to ten operands, so that lengths
+differ; totals stay in 0..99.
 
 Run as a program it writes everything that the configs in configs/quickstart/ read:
 

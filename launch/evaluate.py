@@ -20,7 +20,8 @@ from launch.placement import Place
 from launch.preflight import check_head_dim
 from launch.ray_session import Workers, ray_session, resources
 from rollout.hf_teacher import TeacherSettings
-from rollout.prompts import TokenizedRecord, read_jsonl, tokenize
+from rollout.mixer import from_dataset
+from rollout.prompts import read_jsonl, tokenize
 from rollout.rollout_actor import RolloutActor, generate
 from rollout.teacher_actor import TeacherActor
 from rollout.vllm_generator import GeneratorSettings
@@ -82,7 +83,10 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
         max_tokens=context,
         field="prompt room (context - max-new-tokens)",
     )
-    prompts = [Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids) for r in data.records]
+    prompts = [
+        Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion_ids=r.completion_ids)
+        for r in data.records
+    ]
 
     with ray_session():
         names = ["rollout", *(["teacher", "student"] if teacher else [])]
@@ -104,7 +108,11 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
                 )
             with console.status(f"{request.model}: comparing with the teacher"):
                 on_student = scorer.mean(sampled) if scorer else (None, 0)
-                on_dataset = scorer.mean(_dataset_rollouts(data.records)) if scorer else (None, 0)
+                on_dataset = (
+                    scorer.mean([from_dataset(p) for p in prompts if p.completion_ids is not None])
+                    if scorer
+                    else (None, 0)
+                )
     return {
         "records": len(data.records),
         "overlong_records": data.num_overlong,
@@ -182,21 +190,6 @@ def _generator_settings(
         gpu_memory_utilization=0.5,
         weight_backend="object_store",
     )
-
-
-def _dataset_rollouts(records: Sequence[TokenizedRecord]) -> list[Rollout]:
-    return [
-        Rollout(
-            id=SampleId(0, record.index, 0),
-            prompt_ids=record.prompt_ids,
-            response_ids=record.completion_ids,
-            stop_reason="dataset",
-            source="dataset",
-            versions=None,
-        )
-        for record in records
-        if record.completion_ids is not None
-    ]
 
 
 def _exact_match(rollouts: Sequence[Rollout], references: Sequence[str | None], student: ModelFacts) -> float | None:

@@ -131,8 +131,8 @@ class Workers:
 
 _CPU_THREADS = {
     "OMP_NUM_THREADS": str(available_cpus()),
-    # How long an idle OpenMP thread spins before it sleeps. At the default (about a hundred times this) idle threads of
-    # one worker take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
+    # How long an idle OpenMP thread spins before it sleeps. At libgomp's default idle threads of one worker
+    # take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
     # wake-ups. Measured on 2 cores; docs/PERFORMANCE.md has the numbers.
     "GOMP_SPINCOUNT": "20000",
     "DS_ACCELERATOR": "cpu",

@@ -60,7 +60,7 @@ class Mixer:
         prompts = [self._stream.sample(first + i) for i in range(self._batch_size)]
         mask = self._draw(step)
         on_policy = tuple(prompt for prompt, student in zip(prompts, mask, strict=True) if student)
-        off_policy = tuple(_from_dataset(prompt) for prompt, student in zip(prompts, mask, strict=True) if not student)
+        off_policy = tuple(from_dataset(prompt) for prompt, student in zip(prompts, mask, strict=True) if not student)
         return StepPlan(
             step=step,
             samples=tuple(prompt.id for prompt in prompts),
@@ -88,7 +88,8 @@ class Mixer:
         return tuple(groups)
 
 
-def _from_dataset(prompt: Prompt) -> Rollout:
+def from_dataset(prompt: Prompt) -> Rollout:
+    """The prompt with the dataset's completion as its response."""
     assert prompt.completion_ids is not None, "records without completion are refused before training"
     return Rollout(
         id=prompt.id,
