@@ -27,7 +27,7 @@ def exact_match(responses: Sequence[str], references: Sequence[str]) -> float:
 def divergence_sum(
     forward: ResponseForward, rollouts: Sequence[Rollout], signals: Sequence[TeacherSignal], divergence: Divergence
 ) -> tuple[float, int]:
-    """Sum of a divergence over all response tokens, and their number; the mean per token is their quotient.
+    """Sum of a divergence over the response tokens in the loss, and their number; their quotient is the mean per token.
 
     Args:
         forward: the student, in eval mode.
@@ -38,4 +38,7 @@ def divergence_sum(
     packed = pack([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], share_rows=forward.share_rows)
     teacher_TV = torch.cat([signal.tensor() for signal in signals]).to(forward.device).float()
     student_TV = forward(packed)[:, : teacher_TV.shape[-1]].float()
-    return divergence(student_TV, teacher_TV).double().sum().item(), len(packed.response_ids_T)
+    flags = [rollout.loss_mask or (True,) * len(rollout.response_ids) for rollout in rollouts]
+    mask_T = torch.tensor([flag for one in flags for flag in one], dtype=torch.bool, device=forward.device)
+    counted = divergence(student_TV, teacher_TV)[mask_T]
+    return counted.double().sum().item(), len(counted)

@@ -1,6 +1,6 @@
 """What the parts ask of each other. `rollout` and `trainer` meet only here; `launch` gives each what it needs."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,26 +15,30 @@ GroupKey = tuple[int, int]
 """(optimizer step, number of the scoring group in it)."""
 
 WeightUpdate = Any
-"""What a weight sender hands to the receivers: one message a bucket, opaque to everyone between."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WeightBuckets:
-    """One version of the student on its way to the rollout engines."""
-
-    version: int
-    """Optimizer steps completed when the weights were read."""
-    updates: Sequence[WeightUpdate]
-    """One message a bucket, in order."""
-    num_bytes: int
-    """Bytes of weights that travel."""
+"""A message of a weight sender to the receivers, one a bucket: opaque to everyone between."""
 
 
 class WeightSender(Protocol):
-    """The trainer's end of a wire. Built inside the trainer's process from an import path."""
+    """The trainer's end of a wire. Built inside the process of the trainer's rank 0, from an import path."""
+
+    def open(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
+        """What each engine needs to know to be connected.
+
+        Args:
+            workers: per engine, the number of its workers (GPUs).
+            modules: the last parts of the names of the modules that the engines' models hold.
+        """
+        ...
+
+    def connect(self) -> None:
+        """Connect, while every engine does so with what `open` made. Blocks until all have."""
+        ...
 
     def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[WeightUpdate]:
         """Send every tensor, packed; yields one message a bucket for the receivers.
+
+        Some wires move a bucket when the message after its own is asked for: whoever hands out a message asks for the
+        next one at once, and hands that out when all receivers are done with the one before.
 
         Args:
             weights: checkpoint name and tensor, each tensor once.
@@ -71,6 +75,10 @@ class ScoredBatch:
     """From dispatch to the last rollout; 0 where the student wrote none."""
     teacher_s: float
     """Working time of the teacher on these groups."""
+    rollout_wait_s: float
+    """How long the rollout engines had nothing to do since the batch before, on average."""
+    teacher_wait_s: float
+    """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
     """Size of the signals."""
 
@@ -90,16 +98,36 @@ class Rollouts(Protocol):
         """Start generating; rollouts are delivered one by one as they finish."""
         ...
 
+    def idle_s(self) -> float:
+        """How long the engines have had nothing to do so far, in seconds, on average."""
+        ...
+
 
 class WeightReceivers(Protocol):
     """The rollout engines, as the weight sync sees them."""
 
-    def update_weights(self, weights: WeightBuckets) -> None:
-        """Load new weights between two engine steps. Blocks until every engine has them."""
+    def update_weights(self, version: int, messages: Iterator[WeightUpdate]) -> None:
+        """Load a version between two engine steps. Blocks until every engine has it."""
         ...
 
     def probe(self) -> Sequence[Rollout]:
         """A short generation from the current weights, with log-probabilities, for the served = trained proof."""
+        ...
+
+
+class Answers(Protocol):
+    """The rollout engines, as evaluation sees them."""
+
+    def answer(self, prompts: Sequence[Prompt], *, temperature: float) -> Sequence[Rollout]:
+        """Responses from the current weights, in the prompts' order; 0 is greedy."""
+        ...
+
+
+class Scores(Protocol):
+    """The teachers, as evaluation sees them."""
+
+    def score_now(self, groups: Sequence[Sequence[Rollout]]) -> Sequence[SignalRef]:
+        """A handle to the signals of each group. Blocks until all are scored."""
         ...
 
 
@@ -112,4 +140,8 @@ class Teachers(Protocol):
 
     def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
         """Score a group of rollouts; delivered under the same key when done."""
+        ...
+
+    def idle_s(self) -> float:
+        """How long the teachers have had nothing to do so far, in seconds, on average."""
         ...

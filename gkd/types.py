@@ -29,6 +29,19 @@ class SampleId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Completion:
+    """What the dataset answers to a prompt: the off-policy form of a sample."""
+
+    prompt_ids: tuple[int, ...]
+    """What it answers to, at least one token. Of a conversation with several assistant turns this is what precedes the
+    first of them, where the student's own prompt is what precedes the last."""
+    response_ids: tuple[int, ...]
+    """The T response tokens, a stop token at the end of every turn included."""
+    loss_mask: tuple[bool, ...] | None = None
+    """T flags: which tokens the assistant wrote; None: all of them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Prompt:
     """A prompt ready for generation."""
 
@@ -36,8 +49,8 @@ class Prompt:
     """Identity of the sample that this prompt will become."""
     token_ids: tuple[int, ...]
     """The prompt's tokens, at least one."""
-    completion_ids: tuple[int, ...] | None = None
-    """The dataset's completion with its stop token, where the record has one."""
+    completion: Completion | None = None
+    """The dataset's completion, where the record has one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,11 +71,21 @@ class Rollout:
     """(min, max) weight version (completed optimizer steps) while it was generated; None for dataset text."""
     logprobs: tuple[float, ...] | None = None
     """T log-probabilities of the sampled tokens under the raw sampler distribution, in nats, where asked for."""
+    num_cached_tokens: int = 0
+    """Prompt tokens whose keys and values the engine had already, from another sample with the same prefix."""
+    loss_mask: tuple[bool, ...] | None = None
+    """T flags: which response tokens count in the loss; None: all of them. False for what others said between the
+    assistant's turns of a dataset's conversation."""
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """Prompt and response in one sequence."""
         return self.prompt_ids + self.response_ids
+
+    @property
+    def num_loss_tokens(self) -> int:
+        """Response tokens that count in the loss."""
+        return len(self.response_ids) if self.loss_mask is None else sum(self.loss_mask)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

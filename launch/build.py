@@ -1,12 +1,17 @@
 """From the config to the parts of a run: the only file that sees everything."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import ray
+
 from gkd.config import Config
-from gkd.config.objective import Reserved
+from gkd.config.objective import DistillObjective, Reserved, SftObjective
+from gkd.interfaces import Scores
+from gkd.types import Prompt, SampleId
+from launch.placement import Place
 from launch.preflight import Facts
-from launch.ray_session import Workers, rank_environment
+from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
 from rollout.hf_teacher import TeacherSettings
 from rollout.mixer import Mixer
@@ -15,14 +20,23 @@ from rollout.prompts import PromptStream
 from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.teacher_actor import TeacherActor, TeacherPool
 from rollout.vllm_generator import GeneratorSettings
+from rollout.vllm_weights import AdapterShape
+from rollout.weights.choice import Wire, choose_wire
+from trainer.best import Best
 from trainer.deepspeed_engine import EngineSettings
+from trainer.evaluator import Divergence, Evaluator, ExactMatch, HeldOut, NoScores
 from trainer.loop import Parts, Span
+from trainer.lora import LoraSettings
 from trainer.records import Records
 from trainer.student import StudentSettings
 from trainer.trainer_actor import Learner, TrainerActor
-from trainer.weight_sync import NoSync, WeightSync
+from trainer.weight_sync import EvaluationSync, NoSync, Sync, WeightSync, stop_the_run
 
-_SENDERS = {"object_store": "rollout.weights.object_store:ObjectStoreSender"}
+_SENDERS = {
+    "object_store": "rollout.weights.object_store:ObjectStoreSender",
+    "nccl": "rollout.weights.nccl:NcclSender",
+    "ipc": "rollout.weights.ipc:IpcSender",
+}
 """Wire -> import path of the trainer's end."""
 
 
@@ -33,32 +47,60 @@ def build_parts(
     workers: Workers,
     *,
     report: Callable[[dict[str, Any]], None],
+    warn: Callable[[str], None],
     stop_requested: Callable[[], bool],
 ) -> Parts:
-    """Start the workers and connect them. All start side by side; this returns when all are up."""
-    trainer = workers.start("trainer", TrainerActor, _student_settings(config, facts), rank_environment())
-    teacher = workers.start("teacher", TeacherActor, _teacher_settings(config, facts)) if facts.teacher else None
-    engine = None
-    if config.needs_rollouts:
-        engine = workers.start("rollout", RolloutActor, _generator_settings(config, facts, on_gpu=workers.on_gpus))
-    workers.wait_ready(config.rollout.timeout_s)
+    """Start the workers and connect them. All start side by side; this returns when all are up.
 
-    learner = Learner(trainer, timeout_s=config.rollout.timeout_s)
+    Args:
+        config: the run's.
+        facts: what the preflight found.
+        start: where the run begins.
+        workers: places reserved for them.
+        report: shows each step's metrics.
+        warn: shows what the user should know while the run goes on.
+        stop_requested: whether the user asked to stop.
+    """
+    wire = wire_between(config, workers.places)
+    ranks = workers.start_ranks(TrainerActor, _student_settings(config, facts, wire))
+    teachers = (
+        workers.start_all("teacher", TeacherActor, _teacher_settings(config, facts))
+        if config.needs_teacher_workers
+        else []
+    )
+    engines = (
+        workers.start_all("rollout", RolloutActor, _generator_settings(config, facts, wire, on_gpu=workers.on_gpus))
+        if config.needs_engine
+        else []
+    )
+    timeout_s = config.rollout.timeout_s
+    workers.wait_ready(timeout_s)
+
+    learner = Learner(
+        ranks,
+        tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
+        reduction=_objective(config).reduction,
+        timeout_s=timeout_s,
+    )
     if start.checkpoint is not None:
         learner.load(start.checkpoint.folder)
-    engines = RolloutPool(engine, timeout_s=config.rollout.timeout_s) if engine is not None else None
+    if engines:
+        _connect(ranks[0], engines, gpus_per_engine=config.rollout.tensor_parallel_size, timeout_s=timeout_s)
+    rollout_pool = RolloutPool(engines, max_concurrent=config.rollout.max_concurrent, timeout_s=timeout_s)
+    teacher_pool = TeacherPool(teachers, timeout_s=timeout_s)
     return Parts(
         pipeline=Pipeline(
             _mixer(config, facts),
-            engines or NoRollouts(),
-            TeacherPool(teacher) if teacher is not None else NoTeacher(),
+            rollout_pool if config.needs_rollouts else NoRollouts(),
+            teacher_pool if teachers else NoTeacher(),
             first_step=start.completed_steps + 1,
             last_step=config.trainer.max_steps,
             max_staleness=config.sync.max_staleness,
-            timeout_s=config.rollout.timeout_s,
+            timeout_s=timeout_s,
         ),
         learner=learner,
-        sync=WeightSync(learner, engines, max_gap=config.sync.max_logprob_gap) if engines else NoSync(),
+        sync=_sync(config, learner, rollout_pool, warn),
+        evaluate=_evaluator(config, facts, rollout_pool, teacher_pool if teachers else NoScores(), learner),
         records=Records(
             config.run.output_dir,
             facts.student.tokenizer.decode,
@@ -71,6 +113,64 @@ def build_parts(
     )
 
 
+def _sync(config: Config, learner: Learner, engines: RolloutPool, warn: Callable[[str], None]) -> Sync:
+    if not config.needs_engine:
+        return NoSync()
+    evaluated = _evaluated(config)
+    every = config.sync.every_steps
+    sync = WeightSync(
+        learner,
+        engines,
+        due=(lambda step: step % every == 0 or evaluated(step)) if config.needs_rollouts else evaluated,
+        max_gap=config.max_logprob_gap,
+        # In float32 a gap can only be a mistake; bfloat16 rounds differently in the two engines.
+        on_gap=stop_the_run if config.trainer.dtype == "float32" else _once(warn),
+    )
+    return sync if config.needs_rollouts else EvaluationSync(sync)
+
+
+def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
+    """Warn the first time only: the metrics show the rest."""
+    warned: list[str] = []
+
+    def first(text: str) -> None:
+        if not warned:
+            warn(text)
+        warned.append(text)
+
+    return first
+
+
+def _evaluated(config: Config) -> Callable[[int], bool]:
+    """Which steps are evaluated: every so many, and the last."""
+    every, last = config.eval.every_steps, config.trainer.max_steps
+    return lambda step: every > 0 and (step % every == 0 or step == last)
+
+
+def _evaluator(
+    config: Config, facts: Facts, engines: RolloutPool, scores: Scores, learner: Learner
+) -> Callable[[int], dict[str, float]]:
+    measures: list[Callable[[], dict[str, float]]] = []
+    held_out = _held_out(facts)
+    if held_out is not None and "exact_match" in config.measured:
+        stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
+        measures.append(ExactMatch(held_out, engines, lambda ids: decode([i for i in ids if i not in stop_ids])))
+    if held_out is not None and config.teacher is not None and "divergence" in config.measured:
+        assert isinstance(config.objective, DistillObjective)
+        divergence = Divergence(
+            held_out,
+            engines,
+            scores,
+            learner,
+            divergence=config.objective.divergence,
+            temperature=config.rollout.temperature,
+            group_tokens=config.teacher.tokens_per_batch,
+            group_sequences=config.teacher.sequences_per_batch,
+        )
+        measures.append(divergence)
+    return Evaluator(measures, _evaluated(config))
+
+
 def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:
     """The steps of the run."""
     return Span(
@@ -79,13 +179,29 @@ def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:
         checkpoint_every=config.trainer.checkpoint_every,
         keep_last=config.trainer.keep_last,
         checkpoints=config.run.output_dir.absolute() / "checkpoints",
+        best=Best.resumed(config.eval.best, start.checkpoint.state.get("best", {}) if start.checkpoint else {}),
         state=run_state(config, facts.data_fingerprint),
+    )
+
+
+def _held_out(facts: Facts) -> HeldOut | None:
+    if facts.held_out is None:
+        return None
+    records = facts.held_out.records
+    return HeldOut(
+        prompts=tuple(Prompt(id=SampleId(0, record.index, 0), token_ids=record.prompt_ids) for record in records),
+        references=tuple(facts.eval_records[record.index].answer for record in records),
     )
 
 
 def _mixer(config: Config, facts: Facts) -> Mixer:
     return Mixer(
-        PromptStream(facts.data.records, seed=config.run.seed, samples_per_prompt=config.rollout.samples_per_prompt),
+        PromptStream(
+            facts.data.records,
+            seed=config.run.seed,
+            samples_per_prompt=config.rollout.samples_per_prompt,
+            weights=config.data.weights,
+        ),
         seed=config.run.seed,
         batch_size=config.trainer.batch_size,
         on_policy_fraction=config.on_policy_fraction,
@@ -101,7 +217,8 @@ def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
     return TeacherSettings(model=facts.teacher.path, dtype=config.teacher.dtype, rows=facts.rows)
 
 
-def _generator_settings(config: Config, facts: Facts, *, on_gpu: bool) -> GeneratorSettings:
+def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: bool) -> GeneratorSettings:
+    lora = config.student.lora
     shortest = sorted(facts.data.records, key=lambda record: (len(record.prompt_ids), record.index))
     return GeneratorSettings(
         model=facts.student.path,
@@ -114,31 +231,62 @@ def _generator_settings(config: Config, facts: Facts, *, on_gpu: bool) -> Genera
         max_new_tokens=config.rollout.max_new_tokens,
         max_model_len=facts.max_model_len,
         max_concurrent=config.rollout.max_concurrent,
+        dtype=config.trainer.dtype,
+        tensor_parallel_size=config.rollout.tensor_parallel_size,
+        adapter=None if lora is None else AdapterShape(r=lora.r, alpha=lora.alpha),
         vocabulary=facts.num_tokens,
         stop_ids=facts.stop_ids,
+        logprobs=False,  # no objective needs them yet; the probe always has them
         probe_prompts=tuple(record.prompt_ids for record in shortest[:2]),
         on_gpu=on_gpu,
         kv_cache_gib=config.rollout.kv_cache_gib,
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
-        weight_backend=_wire(config),
+        weight_backend=wire,
     )
 
 
-def _wire(config: Config) -> str:
-    return "object_store" if config.sync.backend == "auto" else config.sync.backend
+def wire_between(config: Config, places: Sequence[Place]) -> Wire:
+    """The wire that carries the weights, from where the workers sit.
+
+    Raises:
+        UserError: if the wire that the config asks for cannot connect them.
+    """
+    gpus = [[f"{index}/{number}" for number in range(int(place.num_gpus))] for index, place in enumerate(places)]
+    engines = [own for own, place in zip(gpus, places, strict=True) if place.worker == "rollout"]
+    if not engines:
+        return "object_store"  # nothing travels
+    senders = [own for own, place in zip(gpus, places, strict=True) if place.worker == "trainer"]
+    sender = senders[0][0] if senders[0] else None
+    return choose_wire(config.sync.backend, sender=sender, engines=engines, adapter=config.student.lora is not None)
 
 
-def _student_settings(config: Config, facts: Facts) -> StudentSettings:
+def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeout_s: float) -> None:
+    """Open the wire between the trainer and the engines: all join it at the same time."""
+    modules = ray.get(engines[0].held_modules.remote(), timeout=timeout_s)
+    infos = ray.get(rank_0.open_wire.remote([gpus_per_engine] * len(engines), modules), timeout=timeout_s)
+    joining = [engine.connect_weights.remote(info) for engine, info in zip(engines, infos, strict=True)]
+    ray.get([*joining, rank_0.connect_wire.remote()], timeout=timeout_s)
+
+
+def _objective(config: Config) -> DistillObjective | SftObjective:
+    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
+    return config.objective
+
+
+def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettings:
     trainer = config.trainer
-    assert config.student.init != "truncate" and not isinstance(config.objective, Reserved)
+    assert config.student.init != "truncate", "refused when the config was loaded"
+    bucket_bytes = int(config.sync.bucket_mib * 2**20)
     return StudentSettings(
         model=facts.student.path,
         init=config.student.init,
         seed=config.run.seed,
         dropout=config.student.dropout,
+        lora=lora_settings(config),
+        gradient_checkpointing=trainer.gradient_checkpointing,
         rows=facts.rows,
-        objective=config.objective,
-        tokens_per_micro_batch=trainer.tokens_per_micro_batch,
+        objective=_objective(config),
+        base_is_teacher=config.teacher is not None and config.teacher.backend == "student_base",
         learning_rate=trainer.learning_rate,
         lr_schedule=trainer.lr_schedule,
         warmup_steps=trainer.warmup_steps,
@@ -148,7 +296,19 @@ def _student_settings(config: Config, facts: Facts) -> StudentSettings:
             grad_clip=trainer.grad_clip,
             weight_decay=trainer.weight_decay,
             betas=trainer.betas,
+            dtype=trainer.dtype,
+            offload=trainer.offload,
         ),
-        sender=_SENDERS[_wire(config)],
-        sender_kwargs={"bucket_bytes": int(config.sync.bucket_mib * 2**20)},
+        sender=_SENDERS[wire],
+        sender_kwargs={"bucket_bytes": bucket_bytes},
+        bucket_bytes=bucket_bytes,
     )
+
+
+def lora_settings(config: Config) -> LoraSettings | None:
+    """The adapter that the student trains."""
+    lora = config.student.lora
+    if lora is None:
+        return None
+    targets = lora.targets if isinstance(lora.targets, str) else tuple(lora.targets)
+    return LoraSettings(r=lora.r, alpha=lora.alpha, targets=targets, dropout=lora.dropout)

@@ -1,5 +1,6 @@
 """The `gkd` command."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -47,14 +48,22 @@ def train(config: ConfigFile, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def check(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Check CONFIG, its data and its models without starting anything."""
+def check(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    offline: Annotated[
+        bool, typer.Option("--offline", help="Leave out models and datasets that are not on this host, and its size.")
+    ] = False,
+) -> None:
+    """Check CONFIG, its data and its models without starting anything, and show what it needs."""
     from gkd.config import load_config
 
     parsed = load_config(config, overrides)
+    if offline:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub's library is imported
     from launch.check import run_check
 
-    run_check(parsed, Console())
+    run_check(parsed, Console(), offline=offline)
 
 
 @app.command("eval")
@@ -95,8 +104,53 @@ def evaluate(
         output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(help="Who answers: a folder in Hugging Face format, or a hub name.")],
+    data: Annotated[Path, typer.Option(help='Records {"prompt"} or {"messages"}: a file, a folder or a dataset.')],
+    output: Annotated[Path, typer.Option(help="The JSONL file to write; it must not be there yet.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which an answer is cut.")] = 512,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampled answers; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.01, max=1, help="Nucleus sampling; 1 is off.")] = 1.0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each prompt.")] = 1,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records only.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of sampled answers.")] = 0,
+) -> None:
+    """Write a model's answers as training data, such as a teacher's for sequence-level distillation."""
+    from launch.generate import GenerateRequest, run_generate
+
+    request = GenerateRequest(
+        model=model,
+        data=data,
+        output=output,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        samples=samples,
+        limit=limit,
+        seed=seed,
+    )
+    run_generate(request, Console())
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write; not there yet, or empty.")],
+    step: Annotated[
+        str, typer.Option(help="newest, best (of the evaluations), or a number of completed steps.")
+    ] = "newest",
+    form: Annotated[str, typer.Option(help="auto, full, or of a run with an adapter: merged, adapter.")] = "auto",
+) -> None:
+    """Write a checkpoint's student in Hugging Face format. Needs no GPU, and no other worker."""
+    from launch.export import run_export
+
+    run_export(run, output, which=step, form=form, console=Console())
+
+
 def main() -> None:
     """Entry point of `gkd`."""
+    sys.path.append(str(Path.cwd()))  # plug-ins may lie where the command runs, as for `python -m`
     run_command(app)
 
 

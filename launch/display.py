@@ -1,6 +1,7 @@
 """What a user sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
 
 import time
+from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console, Group
@@ -97,9 +98,34 @@ class LiveDisplay:
         self._live.update(Group(self._progress, table))
 
 
+class TensorBoard:
+    """Writes every number of a step into TensorBoard's event files."""
+
+    def __init__(self, folder: Path, completed_steps: int) -> None:
+        """`folder` holds the event files; what they know of later steps is given up."""
+        self._folder = folder
+        self._first_step = completed_steps + 1
+
+    def __enter__(self) -> "TensorBoard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=self._first_step)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.close()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Add this step."""
+        for name, value in metrics.items():
+            if name != "step" and value is not None:
+                self._writer.add_scalar(name, value, metrics["step"])
+
+
 def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
     """The few numbers worth watching: the loss, the on-policy share, each stage's tokens per second, the gap."""
     gap = metrics["sync/logprob_gap_max"]
+    evaluated = [(name.removeprefix("eval/"), f"{metrics[name]:.4f}") for name in metrics if name.startswith("eval/")]
     return [
         ("loss", f"{metrics['loss/total']:.4f}"),
         ("on-policy", f"{metrics['source/on_policy']:.0%}"),
@@ -108,6 +134,7 @@ def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
         ("train tok/s", _rate(metrics["tokens/trained"], metrics["time/train_s"])),
         ("gap", "-" if gap is None else f"{gap:.1e}"),
         ("step s", f"{metrics['time/step_s']:.2f}"),
+        *evaluated,
     ]
 
 

@@ -15,19 +15,24 @@ from gkd.evaluation import exact_match
 from gkd.packing import split_by_tokens
 from gkd.types import Prompt, Rollout, SampleId
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
+from launch.model_checks import check_head_dim
 from launch.models import ModelFacts, read_model
-from launch.placement import Place
-from launch.preflight import check_head_dim
-from launch.ray_session import Workers, ray_session, resources
+from launch.ray_session import Workers, ray_session
+from launch.single_engine import (
+    TIMEOUT_S,
+    answers,
+    engine_settings,
+    places,
+    read_prompts,
+    response_text,
+    tokenize_prompts,
+)
 from rollout.hf_teacher import TeacherSettings
 from rollout.mixer import from_dataset
-from rollout.prompts import read_jsonl, tokenize
-from rollout.rollout_actor import RolloutActor, generate
+from rollout.rollout_actor import RolloutActor
 from rollout.teacher_actor import TeacherActor
-from rollout.vllm_generator import GeneratorSettings
 from trainer.evaluation_actor import EvaluationActor, EvaluationSettings
 
-_TIMEOUT_S = 600.0
 _TOKENS_PER_BATCH = 8192
 
 
@@ -38,7 +43,7 @@ class EvalRequest:
     model: str
     """The student: folder or hub name."""
     data: Path
-    """JSONL records."""
+    """A file, a folder or the name of a Hugging Face dataset."""
     teacher: str | None
     """Folder or hub name; None measures exact match alone."""
     max_new_tokens: int
@@ -57,7 +62,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     """Measure a model.
 
     Returns:
-        `records`, `overlong_records`, `exact_match` (greedy, over the records with a completion),
+        `records`, `overlong_records`, `exact_match` (greedy, over the records with a final answer),
         `divergence_on_student` (mean per token on the student's own fresh samples) and `divergence_on_dataset` (on the
         dataset's completions), each None where it does not apply, with the numbers of tokens behind them.
 
@@ -65,7 +70,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
         UserError: before any worker starts, for anything that the user can mend.
     """
     divergence = _parse_divergence(request.divergence)
-    records = read_jsonl(request.data, field="--data")[: request.limit]
+    records = read_prompts(request.data, limit=request.limit)
     student = read_model(request.model, field="MODEL", need_weights=True)
     check_head_dim(student, field="MODEL")
     teacher = None
@@ -73,26 +78,30 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     if request.teacher is not None:
         teacher = read_model(request.teacher, field="--teacher", need_weights=True)
         num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="--teacher")
-    context = min(model.context for model in (student, teacher) if model is not None)
-    if request.max_new_tokens >= context:
-        raise UserError("--max-new-tokens", request.max_new_tokens, f"fills a context of {context}.", "Lower it.")
-    data = tokenize(
+    data = tokenize_prompts(
         records,
-        student.tokenizer,
-        max_prompt_tokens=context - request.max_new_tokens,
-        max_tokens=context,
-        field="prompt room (context - max-new-tokens)",
+        [student, teacher] if teacher else [student],
+        max_new_tokens=request.max_new_tokens,
+        completions=teacher is not None,
     )
     prompts = [
-        Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion_ids=r.completion_ids)
-        for r in data.records
+        Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion=r.completion) for r in data.records
     ]
 
     with ray_session():
         names = ["rollout", *(["teacher", "student"] if teacher else [])]
-        with Workers(_places(names)) as workers:
-            settings = _generator_settings(
-                request, student, data.longest_prompt, prompts, num_tokens, on_gpu=workers.on_gpus
+        with Workers(places(names)) as workers:
+            settings = engine_settings(
+                student,
+                data,
+                num_tokens=num_tokens,
+                max_new_tokens=request.max_new_tokens,
+                temperature=request.temperature,
+                top_p=1.0,
+                seed=request.seed,
+                dtype="float32",
+                gpu_memory_utilization=0.5,  # the two models may have to share a GPU with the engine
+                on_gpu=workers.on_gpus,
             )
             engine = workers.start("rollout", RolloutActor, settings)
             scorer = None
@@ -100,23 +109,19 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
                 rows = shared_rows(student.head_rows, teacher.head_rows, num_tokens)
                 scorer = _Scorer(workers, student, teacher, divergence, rows)
             with console.status(f"{request.model}: starting {', '.join(names)}"):
-                workers.wait_ready(_TIMEOUT_S)
+                workers.wait_ready(TIMEOUT_S)
             with console.status(f"{request.model}: answering {len(prompts)} prompts"):
-                greedy = generate(engine, prompts, temperature=0.0, timeout_s=_TIMEOUT_S)
-                sampled = (
-                    generate(engine, prompts, temperature=request.temperature, timeout_s=_TIMEOUT_S) if scorer else []
-                )
+                greedy = _all_answers(engine, prompts, temperature=0.0)
+                sampled = _all_answers(engine, prompts, temperature=request.temperature) if scorer else []
             with console.status(f"{request.model}: comparing with the teacher"):
                 on_student = scorer.mean(sampled) if scorer else (None, 0)
                 on_dataset = (
-                    scorer.mean([from_dataset(p) for p in prompts if p.completion_ids is not None])
-                    if scorer
-                    else (None, 0)
+                    scorer.mean([from_dataset(p) for p in prompts if p.completion is not None]) if scorer else (None, 0)
                 )
     return {
         "records": len(data.records),
         "overlong_records": data.num_overlong,
-        "exact_match": _exact_match(greedy, [records[r.index].completion for r in data.records], student),
+        "exact_match": _exact_match(greedy, [records[r.index].answer for r in data.records], student),
         "divergence_on_student": on_student[0],
         "divergence_on_dataset": on_dataset[0],
         "student_tokens": on_student[1],
@@ -141,7 +146,7 @@ class _Scorer:
         for group in split_by_tokens([len(r.token_ids) for r in rollouts], _TOKENS_PER_BATCH):
             members = [rollouts[i] for i in group]
             _, signals = self._teacher.score.remote(members)
-            part, tokens = ray.get(self._student.divergence.remote(members, signals), timeout=_TIMEOUT_S)
+            part, tokens = ray.get(self._student.divergence.remote(members, signals), timeout=TIMEOUT_S)
             total, count = total + part, count + tokens
         return (total / count if count else None), count
 
@@ -157,44 +162,13 @@ def _parse_divergence(kind: str) -> DivergenceConfig:
     return parsed
 
 
-def _places(names: Sequence[str]) -> list[Place]:
-    num_cpus, num_gpus = resources()
-    if num_gpus:
-        return [Place(name, 1, 1 if num_gpus >= len(names) else num_gpus / len(names)) for name in names]
-    return [Place(name, min(1.0, int(100 * num_cpus / len(names)) / 100), 0) for name in names]
-
-
-def _generator_settings(
-    request: EvalRequest,
-    student: ModelFacts,
-    longest_prompt: int,
-    prompts: Sequence[Prompt],
-    num_tokens: int,
-    *,
-    on_gpu: bool,
-) -> GeneratorSettings:
-    return GeneratorSettings(
-        model=student.path,
-        load_weights=True,
-        seed=request.seed,
-        temperature=request.temperature,
-        top_p=1.0,
-        max_new_tokens=request.max_new_tokens,
-        max_model_len=longest_prompt + request.max_new_tokens,
-        max_concurrent=256,
-        vocabulary=num_tokens,
-        stop_ids=tuple(sorted(student.stop_ids)),
-        probe_prompts=(prompts[0].token_ids,),
-        on_gpu=on_gpu,
-        kv_cache_gib=1.0,
-        gpu_memory_utilization=0.5,
-        weight_backend="object_store",
-    )
+def _all_answers(engine: Any, prompts: Sequence[Prompt], *, temperature: float) -> list[Rollout]:
+    return [rollout for some in answers(engine, prompts, temperature=temperature) for rollout in some]
 
 
 def _exact_match(rollouts: Sequence[Rollout], references: Sequence[str | None], student: ModelFacts) -> float | None:
     pairs = [
-        (student.tokenizer.decode([i for i in rollout.response_ids if i not in student.stop_ids]), reference)
+        (response_text(rollout, student), reference)
         for rollout, reference in zip(rollouts, references, strict=True)
         if reference is not None
     ]

@@ -65,13 +65,14 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         path=str(folder.resolve()) if folder.is_dir() else path,
         head_rows=text.vocab_size,
         context=getattr(text, "max_position_embeddings", None) or 2**31,
-        head_dim=_head_dim(text),
+        head_dim=head_width(text),
         stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < tokenizer_size(tokenizer)),
         tokenizer=tokenizer,
     )
 
 
-def _head_dim(config: Any) -> int | None:
+def head_width(config: Any) -> int | None:
+    """Width of an attention head by a model's config; None for architectures without attention."""
     heads = getattr(config, "num_attention_heads", None)
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 

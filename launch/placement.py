@@ -30,6 +30,17 @@ def available_cpus() -> int:
     return allowed if quota == "max" else max(1, min(allowed, round(int(quota) / int(period))))
 
 
+def needed_places(config: Config) -> list[Place]:
+    """What every worker of the run takes where there are GPUs, whatever this host has."""
+    workers = ["trainer"] * config.trainer.num_ranks
+    if config.needs_engine:
+        workers += ["rollout"] * config.rollout.num_actors
+    if config.needs_teacher_workers and config.teacher is not None:
+        workers += ["teacher"] * config.teacher.num_actors
+    gpus = {"trainer": 1, "teacher": 1, "rollout": config.rollout.tensor_parallel_size}
+    return [Place(worker, 1, gpus[worker]) for worker in workers]
+
+
 def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Place]:
     """A place for every worker of the run.
 
@@ -39,27 +50,23 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
     Raises:
         UserError: if the workers do not fit.
     """
-    workers = ["trainer"] * config.trainer.num_ranks
-    if config.needs_rollouts:
-        workers += ["rollout"] * config.rollout.num_actors
-    if config.needs_teacher and config.teacher is not None:
-        workers += ["teacher"] * config.teacher.num_actors
+    places = needed_places(config)
+    workers = [place.worker for place in places]
     if num_gpus == 0:
         share = min(1.0, int(100 * num_cpus / len(workers)) / 100)
         if share == 0:
             raise UserError("resources", f"{num_cpus} CPUs", "are too few for a worker.", "Free some CPUs.")
         return [Place(worker, share, 0) for worker in workers]
-    per_worker = {"trainer": 1, "teacher": 1, "rollout": config.rollout.tensor_parallel_size}
-    needed = sum(per_worker[worker] for worker in workers)
+    needed = sum(place.num_gpus for place in places)
     if needed > num_gpus:
         raise UserError(
             "resources",
             f"{num_gpus:g} GPUs",
-            f"are too few: {', '.join(workers)} need {needed}.",
+            f"are too few: {', '.join(workers)} need {needed:g}.",
             "Lower the numbers of actors and ranks, or hide the GPUs (CUDA_VISIBLE_DEVICES='') to run on CPUs.",
         )
     if len(workers) > num_cpus:
         raise UserError(
             "resources", f"{num_cpus:g} CPUs", f"are too few for {len(workers)} workers.", "Use a host with more cores."
         )
-    return [Place(worker, 1, per_worker[worker]) for worker in workers]
+    return places

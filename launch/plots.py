@@ -32,8 +32,8 @@ def plot_curves(metrics: Sequence[dict[str, Any]], path: Path, *, title: str) ->
     gap.semilogy(steps, [line["sync/logprob_gap_max"] or np.nan for line in metrics], ".", markersize=3, color="C2")
     gap.set(title="served = trained: largest gap (nats)", xlabel="step")
 
-    parts = ["time/train_wait_s", "time/train_s", "sync/seconds"]
-    labels = ["waiting for rollouts and teacher", "training", "weight sync and proof"]
+    parts = ["time/train_wait_s", "time/train_s"]
+    labels = ["waiting for sync, rollouts and teacher", "training"]
     seconds.stackplot(steps, *([line[part] for line in metrics] for part in parts), labels=labels)
     seconds.set(
         title="seconds per step", xlabel="step", ylim=(0, np.percentile([m["time/step_s"] for m in metrics], 99))

@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -93,21 +94,45 @@ class Workers:
             ray.kill(actor)
         remove_placement_group(self._group)
 
-    def start(self, worker: str, actor_class: Any, settings: Any, env: dict[str, str] | None = None) -> Any:
-        """Start an actor on a place reserved for `worker`; returns at once, before the actor is up."""
-        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-
+    def start(self, worker: str, actor_class: Any, settings: Any) -> Any:
+        """Start an actor on the next free place of `worker`; returns at once, before the actor is up."""
         index = next(i for i in self._free if self._places[i].worker == worker)
+        return self._start(index, actor_class, settings, {})
+
+    def start_all(self, worker: str, actor_class: Any, settings: Any) -> list[Any]:
+        """Start an actor on every place of `worker`."""
+        return [self.start(worker, actor_class, settings) for place in self._places if place.worker == worker]
+
+    def start_ranks(self, actor_class: Any, settings: Any) -> list[Any]:
+        """Start the training ranks, rank 0 first, each told how to find the others."""
+        indices = [i for i in self._free if self._places[i].worker == "trainer"]
+        host, port = ray.get(self._on_place(ray.remote(_free_address), indices[0], num_cpus=0).remote())
+        return [
+            self._start(index, actor_class, settings, _rank_environment(rank, len(indices), host, port, place))
+            for rank, index in enumerate(indices)
+            for place in [self._places[index]]
+        ]
+
+    def _start(self, index: int, actor_class: Any, settings: Any, env: dict[str, str]) -> Any:
         self._free.remove(index)
         place = self._places[index]
-        actor = actor_class.options(
-            num_cpus=place.num_cpus,
-            num_gpus=place.num_gpus,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index),
-            runtime_env={"env_vars": _environment(place) | (env or {})},
-        ).remote(settings)
+        sharing = sum(other.worker == place.worker for other in self._places)
+        env = _environment(place, sharing) | env
+        options = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "runtime_env": {"env_vars": env}}
+        actor = self._on_place(actor_class, index, **options).remote(settings)
         self._actors.append(actor)
         return actor
+
+    def _on_place(self, task: Any, index: int, **options: Any) -> Any:
+        from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+        strategy = PlacementGroupSchedulingStrategy(self._group, placement_group_bundle_index=index)
+        return task.options(scheduling_strategy=strategy, **options)
+
+    @property
+    def places(self) -> list[Place]:
+        """Where the workers sit."""
+        return self._places
 
     @property
     def on_gpus(self) -> bool:
@@ -129,35 +154,47 @@ class Workers:
             ) from None
 
 
-_CPU_THREADS = {
-    "OMP_NUM_THREADS": str(available_cpus()),
-    # How long an idle OpenMP thread spins before it sleeps. At libgomp's default idle threads of one worker
-    # take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
-    # wake-ups. Measured on 2 cores; docs/PERFORMANCE.md has the numbers.
-    "GOMP_SPINCOUNT": "20000",
-    "DS_ACCELERATOR": "cpu",
-}
+def _environment(place: Place, sharing: int) -> dict[str, str]:
+    """Environment of a worker.
 
-
-def _environment(place: Place) -> dict[str, str]:
-    """Environment of a worker. Ray would give a worker with a fraction of a CPU one thread; on CPU hosts they take
-    turns, so each may use every core."""
+    Ray would give a worker with a fraction of a CPU one thread. On CPU hosts workers of different kinds take turns, so
+    each may use every core; the `sharing` workers of one kind work at the same time and share them.
+    """
     passed_on = {
         name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))
     }
-    threads = {} if place.num_gpus else _CPU_THREADS
+    # Plug-ins are found where the driver finds them, also by workers of a cluster that was started elsewhere.
+    paths = [os.environ.get("PYTHONPATH", ""), str(Path.cwd())]
+    passed_on["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    threads = {} if place.num_gpus else _cpu_threads(sharing)
     return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | threads
 
 
-def rank_environment() -> dict[str, str]:
-    """What torch.distributed needs to know in the only training rank."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _cpu_threads(sharing: int) -> dict[str, str]:
     return {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": str(max(1, available_cpus() // sharing)),
+        # How long an idle OpenMP thread spins before it sleeps. At libgomp's default idle threads of one worker
+        # take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
+        # wake-ups. Measured on 2 cores; docs/PERFORMANCE.md has the numbers.
+        "GOMP_SPINCOUNT": "20000",
+        "DS_ACCELERATOR": "cpu",
+    }
+
+
+def _rank_environment(rank: int, num_ranks: int, host: str, port: int, place: Place) -> dict[str, str]:
+    """What torch.distributed needs to know in a training rank."""
+    return {
+        "RANK": str(rank),
+        # Ray shows a worker its own GPU alone, as number 0.
+        "LOCAL_RANK": "0" if place.num_gpus else str(rank),
+        "WORLD_SIZE": str(num_ranks),
+        "MASTER_ADDR": host,
         "MASTER_PORT": str(port),
     }
+
+
+def _free_address() -> tuple[str, int]:
+    """Address of the node that this runs on, and a port that is free there."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return ray.util.get_node_ip_address(), probe.getsockname()[1]

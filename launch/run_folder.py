@@ -19,7 +19,7 @@ _MAY_CHANGE = {
         "gpu_memory_utilization",
     },
     "trainer": {"max_steps", "checkpoint_every", "keep_last", "tokens_per_micro_batch", "learning_rate", "lr_schedule",
-                "warmup_steps"},
+                "warmup_steps", "gradient_checkpointing"},
     "sync": None,
     "eval": None,
     "log": None,
@@ -122,7 +122,7 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
     if before["data_fingerprint"] != now["data_fingerprint"]:
         raise UserError(
             "data.train.path",
-            new.get("data.train.path"),
+            new.get("data.train.path", new.get("data.train")),
             "its content changed since the run to be resumed.",
             "Restore the file, or start afresh with run.resume=never.",
         )

@@ -4,15 +4,17 @@ import shutil
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 
 from gkd.config import Config
-from launch.build import build_parts, build_span
-from launch.display import make_display
+from launch.build import build_parts, build_span, wire_between
+from launch.display import Display, TensorBoard, make_display
 from launch.placement import plan_placement
 from launch.preflight import check
 from launch.ray_session import Workers, joins_cluster, ray_session, resources
@@ -36,18 +38,38 @@ def run_training(config: Config, console: Console) -> Path:
     if not joins_cluster():
         plan_placement(config, *resources())  # what does not fit on this host is refused before Ray starts
     for warning in facts.warnings:
-        console.print(f"[yellow]note:[/] {warning}")
+        console.print(f"[yellow]note:[/] {escape(warning)}")
 
     with ray_session():
         places = plan_placement(config, *resources())
+        wire_between(config, places)  # a wire that cannot connect them is refused before a worker starts
         prepare(config, start)
         if start.checkpoint is not None:
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
         with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
-            display = make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
+            displays: list[Display] = [
+                make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
+            ]
+            if config.log.tensorboard:
+                displays.append(TensorBoard(config.run.output_dir / "tensorboard", start.completed_steps))
+
+            def show(metrics: dict[str, Any]) -> None:
+                for display in displays:
+                    display.show(metrics)
+
             with console.status(f"{config.run.name}: starting {', '.join(place.worker for place in places)}"):
-                parts = build_parts(config, facts, start, workers, report=display.show, stop_requested=stop_requested)
-            with display:
+                parts = build_parts(
+                    config,
+                    facts,
+                    start,
+                    workers,
+                    report=show,
+                    warn=lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"),
+                    stop_requested=stop_requested,
+                )
+            with ExitStack() as open_displays:
+                for display in displays:
+                    open_displays.enter_context(display)
                 train(parts, build_span(config, facts, start))
             _export(parts.learner.export, export, step=max(config.trainer.max_steps, start.completed_steps))
     console.print(f"{config.run.name}: done; the model is in {export}")

@@ -81,7 +81,7 @@ class Mixer:
         for student in (False, True):
             members = [prompt for prompt, is_student in zip(prompts, mask, strict=True) if is_student == student]
             lengths = [
-                len(p.token_ids) + (self._max_new_tokens if student else len(p.completion_ids or ())) for p in members
+                len(p.token_ids) + self._max_new_tokens if student else len(from_dataset(p).token_ids) for p in members
             ]
             for group in split_by_tokens(lengths, self._group_tokens, max_sequences=self._group_sequences):
                 groups.append(tuple(members[i].id for i in group))
@@ -89,13 +89,15 @@ class Mixer:
 
 
 def from_dataset(prompt: Prompt) -> Rollout:
-    """The prompt with the dataset's completion as its response."""
-    assert prompt.completion_ids is not None, "records without completion are refused before training"
+    """The dataset's completion as a response, to the prompt that it answers."""
+    completion = prompt.completion
+    assert completion is not None, "records without completion are refused before training"
     return Rollout(
         id=prompt.id,
-        prompt_ids=prompt.token_ids,
-        response_ids=prompt.completion_ids,
+        prompt_ids=completion.prompt_ids,
+        response_ids=completion.response_ids,
         stop_reason="dataset",
         source="dataset",
         versions=None,
+        loss_mask=completion.loss_mask,
     )

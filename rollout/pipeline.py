@@ -70,6 +70,7 @@ class Pipeline:
         teachers.connect(self._callbacks.put, self._group_scored)
 
     def __enter__(self) -> "Pipeline":
+        self._idle_s = (self._rollouts.idle_s(), self._teachers.idle_s())
         self._thread.start()
         return self
 
@@ -80,6 +81,14 @@ class Pipeline:
     def release(self, version: int) -> None:
         """Version `version` is published: let the prompts of later steps go."""
         self._callbacks.put(lambda: self._dispatch(version))
+
+    def fail(self, error: BaseException) -> None:
+        """Something outside ended: whoever waits in `take` is told."""
+
+        def end() -> None:
+            raise error
+
+        self._callbacks.put(end)
 
     def take(self) -> ScoredBatch:
         """The next step's batch, in step order. Blocks.
@@ -146,24 +155,26 @@ class Pipeline:
         assembly.scored[group] = scored
         # Batches leave in step order: a later step that is complete waits for the earlier one.
         while self._assemblies and self._is_complete(first := min(self._assemblies)):
-            self._ready.put(_finish(self._assemblies.pop(first)))
+            self._ready.put(self._finish(self._assemblies.pop(first)))
 
     def _is_complete(self, step: int) -> bool:
         assembly = self._assemblies[step]
         return len(assembly.scored) == len(assembly.plan.groups)
 
-
-def _finish(assembly: _Assembly) -> ScoredBatch:
-    scored = [assembly.scored[group] for group in range(len(assembly.plan.groups))]
-    return ScoredBatch(
-        step=assembly.plan.step,
-        rollouts=tuple(assembly.rollouts[sample] for sample in assembly.plan.samples),
-        groups=assembly.plan.groups,
-        signals=tuple(group.signals for group in scored),
-        rollout_s=assembly.rollout_s,
-        teacher_s=sum(group.seconds for group in scored),
-        signal_bytes=sum(group.num_bytes for group in scored),
-    )
+    def _finish(self, assembly: _Assembly) -> ScoredBatch:
+        scored = [assembly.scored[group] for group in range(len(assembly.plan.groups))]
+        before, self._idle_s = self._idle_s, (self._rollouts.idle_s(), self._teachers.idle_s())
+        return ScoredBatch(
+            step=assembly.plan.step,
+            rollouts=tuple(assembly.rollouts[sample] for sample in assembly.plan.samples),
+            groups=assembly.plan.groups,
+            signals=tuple(group.signals for group in scored),
+            rollout_s=assembly.rollout_s,
+            teacher_s=sum(group.seconds for group in scored),
+            rollout_wait_s=self._idle_s[0] - before[0],
+            teacher_wait_s=self._idle_s[1] - before[1],
+            signal_bytes=sum(group.num_bytes for group in scored),
+        )
 
 
 class NoTeacher:
@@ -177,6 +188,10 @@ class NoTeacher:
         """Deliver an empty signal."""
         self._deliver(key, ScoredGroup(signals=None, seconds=0.0, num_bytes=0))
 
+    def idle_s(self) -> float:
+        """There is nobody to wait."""
+        return 0.0
+
 
 class NoRollouts:
     """In the engines' place where every sample is the dataset's."""
@@ -187,3 +202,7 @@ class NoRollouts:
     def submit(self, prompts: Sequence[object]) -> None:
         """Never called: no plan has on-policy prompts."""
         raise AssertionError("no rollout engine was started, yet a step has on-policy prompts")
+
+    def idle_s(self) -> float:
+        """There is nobody to wait."""
+        return 0.0

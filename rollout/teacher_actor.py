@@ -1,16 +1,21 @@
-"""Ray around the teacher: a thin actor, and the driver's handle on it."""
+"""Ray around the teacher: a thin actor, and the driver's handle on all of them."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
 import ray
 
-from gkd.interfaces import GroupKey, Post, ScoredGroup
+from gkd.interfaces import GroupKey, Post, ScoredGroup, SignalRef
 from gkd.signals import TeacherSignal
 from gkd.types import Rollout
 from rollout.hf_teacher import HfTeacher, TeacherSettings
+from rollout.idle import IdleClock
+
+_GROUPS_AHEAD = 2
+"""Groups queued at an actor: it goes on while the driver handles the group before."""
 
 
 @ray.remote
@@ -33,11 +38,22 @@ class TeacherActor:
         return (time.perf_counter() - start, num_bytes), signals
 
 
-class TeacherPool:
-    """The driver's handle on the teacher (`gkd.interfaces.Teachers`)."""
+class _Teacher:
+    """What the driver knows of one teacher."""
 
     def __init__(self, actor: Any) -> None:
-        self._actor = actor
+        self.actor = actor
+        self.num_groups = 0
+        self.clock = IdleClock()
+
+
+class TeacherPool:
+    """The driver's handle on the teachers (`gkd.interfaces.Teachers`). A group goes to whoever has fewest."""
+
+    def __init__(self, actors: Sequence[Any], *, timeout_s: float) -> None:
+        self._teachers = [_Teacher(actor) for actor in actors]
+        self._waiting: deque[tuple[GroupKey, list[Rollout]]] = deque()
+        self._timeout_s = timeout_s
 
     def connect(self, post: Post, deliver: Callable[[GroupKey, ScoredGroup], None]) -> None:
         """Say where scored groups go."""
@@ -46,9 +62,39 @@ class TeacherPool:
 
     def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
         """Score a group."""
-        account, signals = self._actor.score.remote(list(rollouts))
+        self._waiting.append((key, list(rollouts)))
+        self._hand_out()
+
+    def idle_s(self) -> float:
+        """How long the teachers have had nothing to do so far, in seconds, on average."""
+        return sum(teacher.clock.read() for teacher in self._teachers) / len(self._teachers)
+
+    def score_now(self, groups: Sequence[Sequence[Rollout]]) -> list[SignalRef]:
+        """Handles to the signals of some groups, when all are scored; for evaluation."""
+        calls = [
+            self._teachers[number % len(self._teachers)].actor.score.remote(list(group))
+            for number, group in enumerate(groups)
+        ]
+        ray.get([account for account, _ in calls], timeout=self._timeout_s)
+        return [signals for _, signals in calls]
+
+    def _hand_out(self) -> None:
+        while self._waiting:
+            teacher = min(self._teachers, key=lambda teacher: teacher.num_groups)
+            if teacher.num_groups >= _GROUPS_AHEAD:
+                return
+            self._call(teacher, *self._waiting.popleft())
+
+    def _call(self, teacher: _Teacher, key: GroupKey, rollouts: list[Rollout]) -> None:
+        teacher.num_groups += 1
+        teacher.clock.work()
+        account, signals = teacher.actor.score.remote(rollouts)
 
         def finished(call: "Future[tuple[float, int]]") -> None:
+            teacher.num_groups -= 1
+            self._hand_out()
+            if teacher.num_groups == 0:
+                teacher.clock.rest()
             seconds, num_bytes = call.result()
             self._deliver(key, ScoredGroup(signals=signals, seconds=seconds, num_bytes=num_bytes))
 

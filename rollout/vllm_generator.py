@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gkd.interfaces import WeightBuckets
+from gkd.interfaces import WeightUpdate
 from gkd.seeds import derive_seed
 from gkd.types import Prompt, Rollout, SampleId
+from rollout.vllm_weights import AdapterShape, AdapterWeights, FullWeights
+from rollout.weights.packed import held_modules
 
 PROBE_TOKENS = 16
 
@@ -36,10 +38,18 @@ class GeneratorSettings:
     """Longest prompt with its response, in tokens."""
     max_concurrent: int
     """Most sequences generated at once."""
+    dtype: str
+    """Precision of weights and activations: the trainer's."""
+    tensor_parallel_size: int
+    """GPUs that share the model."""
+    adapter: AdapterShape | None
+    """The LoRA adapter that the student trains; None where all weights travel."""
     vocabulary: int
     """Ids 0 <= id < vocabulary are the tokenizer's; the engine may sample no others."""
     stop_ids: tuple[int, ...]
     """Tokens that end a response."""
+    logprobs: bool
+    """Return the sampled tokens' log-probabilities with every rollout; costs about a third of a tiny model's speed."""
     probe_prompts: tuple[tuple[int, ...], ...]
     """Prompts of the served = trained proof."""
     on_gpu: bool
@@ -64,28 +74,42 @@ class VllmGenerator:
     def __init__(self, settings: GeneratorSettings) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        if settings.tensor_parallel_size > 1 and not settings.on_gpu:
+            # vLLM would give each of the engine's workers a NUMA node of its own, and most hosts have one.
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         from vllm import EngineArgs, LLMEngine
 
         self._settings = settings
         self._version = 0
+        self.updating = False
+        """Whether weights are half loaded, so that the engine must not step."""
         self._in_flight: dict[str, _InFlight] = {}
         self._finished_early: list[Rollout] = []
         self._probes = 0
         self._engine = LLMEngine.from_engine_args(EngineArgs(**self._engine_args()))
-        self._engine.collective_rpc("init_weight_transfer_engine", kwargs={"init_info": {}})
+        self._weights = (
+            AdapterWeights(self._engine, settings.adapter) if settings.adapter else FullWeights(self._engine)
+        )
 
     def _engine_args(self) -> dict[str, Any]:
         settings = self._settings
         args: dict[str, Any] = {
             "model": settings.model,
             "load_format": "auto" if settings.load_weights else "dummy",
-            "dtype": "float32",
+            "dtype": settings.dtype,
             "max_model_len": settings.max_model_len,
             "max_num_seqs": settings.max_concurrent,
+            "tensor_parallel_size": settings.tensor_parallel_size,
+            # Workers of one engine are processes of this actor, on the GPUs that Ray gave it. Left to itself vLLM sees
+            # a placement group and would ask Ray for more.
+            "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
             "seed": settings.seed % 2**31,
-            "weight_transfer_config": {"backend": settings.weight_backend},
             "generation_config": "vllm",  # sampling is the config's alone, not what a model's folder suggests
         }
+        if settings.adapter:
+            args |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": settings.adapter.engine_rank}
+        else:
+            args |= {"weight_transfer_config": {"backend": settings.weight_backend}}
         if settings.on_gpu:
             return args | {"gpu_memory_utilization": settings.gpu_memory_utilization}
         return args | {
@@ -114,7 +138,8 @@ class VllmGenerator:
                 self._settings.seed, "rollout", identity.epoch, identity.prompt_index, identity.sample_index
             )
             name = f"{identity.epoch}-{identity.prompt_index}-{identity.sample_index}"
-            self._add_request(name, prompt, self._sampling_params(seed=seed, temperature=temperature), salt="rollout")
+            params = self._sampling_params(seed=seed, temperature=temperature, logprobs=self._settings.logprobs)
+            self._add_request(name, prompt, params, salt="rollout")
 
     def step(self) -> list[Rollout]:
         """The rollouts that one engine step finished, or those that finished while a probe was stepping the engine."""
@@ -123,14 +148,29 @@ class VllmGenerator:
             return early
         return [rollout for _, rollout in self._step()]
 
-    def update_weights(self, weights: WeightBuckets) -> None:
-        """Load new weights. Sequences in flight go on with them and record both versions."""
-        self._engine.collective_rpc("start_weight_update")
-        for update in weights.updates:
-            self._engine.collective_rpc("update_weights", kwargs={"update_info": {"bucket": update}})
-        self._engine.collective_rpc("finish_weight_update")
-        self._version = weights.version
-        self._engine.set_weight_version(str(weights.version))
+    def held_modules(self) -> tuple[str, ...]:
+        """What the engine's model consists of: the last parts of its modules' names."""
+        return self._engine.apply_model(held_modules)[0]
+
+    def connect_weights(self, info: dict[str, Any]) -> None:
+        """Join the wire that brings the weights."""
+        self._weights.connect(info)
+
+    def start_update(self) -> None:
+        """New weights come: no step until `finish_update`."""
+        self.updating = True
+        self._weights.start()
+
+    def load_update(self, update: WeightUpdate) -> None:
+        """Load one bucket of them."""
+        self._weights.load(update)
+
+    def finish_update(self, version: int) -> None:
+        """They are complete. Sequences in flight go on with them and record both versions."""
+        self._weights.finish()
+        self._version = version
+        self._engine.set_weight_version(str(version))
+        self.updating = False
 
     def probe(self) -> list[Rollout]:
         """Short rollouts from the current weights, with log-probabilities at temperature 1 over the engine's own rows.
@@ -143,21 +183,38 @@ class VllmGenerator:
             seed = derive_seed(self._settings.seed, "probe", self._version, i)
             params = self._sampling_params(seed=seed, logprobs=True, temperature=1.0, max_tokens=PROBE_TOKENS)
             self._add_request(f"probe-{i}", prompt, params, salt=f"probe{self._probes}")
+        return self._until_done("probe-", len(self._settings.probe_prompts))
+
+    def answer(self, prompts: Sequence[Prompt], *, temperature: float) -> list[Rollout]:
+        """Rollouts of held-out prompts from the current weights, sorted by identity.
+
+        A sampled answer has the same seed each time it is asked for, so that evaluations differ by the weights alone.
+        What else finishes meanwhile is returned by the next `step`.
+        """
+        for i, prompt in enumerate(prompts):
+            seed = derive_seed(self._settings.seed, "answer", prompt.id.prompt_index, prompt.id.sample_index)
+            params = self._sampling_params(seed=seed, temperature=temperature)
+            self._add_request(f"answer-{i}", prompt, params, salt="answer")
+        return self._until_done("answer-", len(prompts))
+
+    def _until_done(self, prefix: str, number: int) -> list[Rollout]:
+        """Step the engine until `number` sequences whose name starts with `prefix` are done."""
         finished: list[Rollout] = []
-        while len(finished) < len(self._settings.probe_prompts):
+        while len(finished) < number:
             for name, rollout in self._step():
-                (finished if name.startswith("probe-") else self._finished_early).append(rollout)
+                (finished if name.startswith(prefix) else self._finished_early).append(rollout)
         return sorted(finished, key=lambda rollout: rollout.id)
 
     def _step(self) -> list[tuple[str, Rollout]]:
         """One engine step: name and rollout of what it finished."""
+        assert not self.updating, "the engine's weights are half of one version and half of another"
         return [(o.request_id, self._to_rollout(o)) for o in self._engine.step() if o.finished]
 
     def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str) -> None:
         # The prefix cache outlives a sync: the salt keeps each version's prefixes apart.
         request = {"prompt_token_ids": list(prompt.token_ids), "cache_salt": f"{salt}-v{self._version}"}
         self._in_flight[name] = _InFlight(prompt, self._version)
-        self._engine.add_request(name, request, params)
+        self._engine.add_request(name, request, params, lora_request=self._weights.lora_request)
 
     def _sampling_params(
         self, *, seed: int, logprobs: bool = False, temperature: float | None = None, max_tokens: int | None = None
@@ -199,6 +256,7 @@ class VllmGenerator:
             stop_reason="stop" if completion.finish_reason == "stop" else "length",
             source="student",
             versions=(flight.first_version, self._version),
+            num_cached_tokens=output.num_cached_tokens or 0,
             logprobs=tuple(at[token].logprob for at, token in zip(logprobs, response, strict=True))
             if logprobs is not None
             else None,

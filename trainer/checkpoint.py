@@ -28,7 +28,15 @@ class Checkpoint:
     """What `write` was given."""
 
 
-def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], None], *, keep_last: int) -> Checkpoint:
+def write(
+    root: Path,
+    step: int,
+    state: dict[str, Any],
+    save: Callable[[Path], None],
+    *,
+    keep_last: int,
+    keep_step: int | None = None,
+) -> Checkpoint:
     """Write `step_N` atomically, then remove the oldest beyond `keep_last`.
 
     Args:
@@ -37,6 +45,7 @@ def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], N
         state: small JSON state of the run.
         save: writes the trainer's state into the folder it is given.
         keep_last: newest checkpoints that stay.
+        keep_step: a step whose checkpoint stays however old it is.
     """
     root.mkdir(parents=True, exist_ok=True)
     temporary, final = root / f"step_{step}.tmp", root / f"step_{step}"
@@ -53,6 +62,8 @@ def write(root: Path, step: int, state: dict[str, Any], save: Callable[[Path], N
     temporary.rename(final)
     _flush(root)
     for old in sorted(_steps(root))[:-keep_last]:
+        if old == keep_step:
+            continue
         shutil.rmtree(root / f"step_{old}")
     return Checkpoint(final, step, state)
 

@@ -1,10 +1,12 @@
-"""The DeepSpeed engine around the student: sharding, accumulation, clipping and the optimizer."""
+"""The DeepSpeed engine around the student: sharding, accumulation, clipping, precision and the optimizer."""
 
 import os
 import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -21,6 +23,12 @@ class EngineSettings:
     """Decoupled decay of matrices; vectors (norms, biases) are not decayed."""
     betas: tuple[float, float]
     """AdamW's moment decays."""
+    dtype: str = "float32"
+    """Precision of weights and activations; with bfloat16 the optimizer keeps float32 master weights."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory: the optimizer's state, or that and the weights."""
+    seconds_per_wait: float = 1800.0
+    """How long a rank waits for the others before it gives up."""
 
 
 class DeepSpeedEngine:
@@ -32,13 +40,21 @@ class DeepSpeedEngine:
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         # DeepSpeed builds an extension with ninja and looks for it on PATH; pip puts it beside this interpreter.
         os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+        from datetime import timedelta
+
         import deepspeed
 
-        deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo")
+        deepspeed.init_distributed(
+            "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=settings.seconds_per_wait)
+        )
+        self._shards_weights = settings.zero_stage == 3
+        # What is frozen (the base under an adapter) is not written into checkpoints: it never changes.
+        self._has_frozen = any(not p.requires_grad for p in model.parameters())
         # The learning rate is set before every step; DeepSpeed must only not see 0 here.
         optimizer = torch.optim.AdamW(_parameter_groups(model, settings.weight_decay), lr=1.0, betas=settings.betas)
         self._unsharded_norm: torch.Tensor | None = None
-        if settings.zero_stage == 0:
+        clips_itself = settings.zero_stage == 0 and settings.dtype == "float32"
+        if clips_itself:
             # Without sharding DeepSpeed clips float32 gradients but never tells their norm: do both here, where the
             # gradients are complete (accumulated and reduced over ranks).
             limit = settings.grad_clip or float("inf")
@@ -57,13 +73,16 @@ class DeepSpeedEngine:
                 "managed_gradient_accumulation": False,
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_accumulation_steps": 1,
-                "gradient_clipping": settings.grad_clip if settings.zero_stage else 0.0,
-                "zero_optimization": {"stage": settings.zero_stage},
+                "gradient_clipping": 0.0 if clips_itself else settings.grad_clip,
+                "zero_optimization": _zero_config(settings),
+                "bf16": {"enabled": settings.dtype == "bfloat16"},
                 "zero_allow_untested_optimizer": True,
+                "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 2**31 - 1,
             },
         )
-        self.world_size = self._engine.world_size
+        self.world_size: int = self._engine.world_size
+        self.rank: int = self._engine.global_rank
 
     def forward(self, **inputs: Any) -> Any:
         """The model's forward pass."""
@@ -84,9 +103,26 @@ class DeepSpeedEngine:
         norm = self._engine.get_global_grad_norm() if self._unsharded_norm is None else self._unsharded_norm
         return float(norm)
 
+    def sum_over_ranks(self, values: Mapping[str, float]) -> dict[str, float]:
+        """The sum of each value over all ranks; every rank gives the same names."""
+        if self.world_size == 1:
+            return dict(values)
+        names = sorted(values)
+        sums = torch.tensor([values[name] for name in names], dtype=torch.float64, device=self._engine.device)
+        torch.distributed.all_reduce(sums)
+        return dict(zip(names, sums.tolist(), strict=True))
+
+    def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
+        """Have these parameters whole, on every rank; all ranks enter together. Changes to them are lost."""
+        if not self._shards_weights:
+            return nullcontext()
+        import deepspeed
+
+        return deepspeed.zero.GatheredParameters(list(parameters))
+
     def save(self, folder: Path) -> None:
-        """Write model and optimizer state."""
-        self._engine.save_checkpoint(str(folder), tag="state")
+        """Write model and optimizer state; every rank writes its part."""
+        self._engine.save_checkpoint(str(folder), tag="state", exclude_frozen_parameters=self._has_frozen)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote.
@@ -94,9 +130,18 @@ class DeepSpeedEngine:
         Raises:
             FileNotFoundError: if there is none.
         """
-        loaded, _ = self._engine.load_checkpoint(str(folder), tag="state")
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=not self._has_frozen)
         if loaded is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+def _zero_config(settings: EngineSettings) -> dict[str, Any]:
+    config: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.offload != "none":
+        config["offload_optimizer"] = {"device": "cpu"}
+    if settings.offload == "all":
+        config["offload_param"] = {"device": "cpu"}
+    return config
 
 
 def _parameter_groups(model: Any, weight_decay: float) -> list[dict[str, Any]]:

@@ -4,21 +4,14 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gkd.errors import Interrupted
 from trainer import checkpoint
+from trainer.best import Best
 from trainer.metrics import step_metrics
 from trainer.records import Records
-from trainer.weight_sync import SyncReport
-
-
-class Sync(Protocol):
-    """Brings the rollout engines to a version."""
-
-    def push(self, version: int) -> SyncReport:
-        """Publish and prove."""
-        ...
+from trainer.weight_sync import BackgroundPush, Sync
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,11 +19,13 @@ class Parts:
     """What the loop works with."""
 
     pipeline: Any
-    """Context manager with `release(version)` and `take() -> ScoredBatch`."""
+    """Context manager with `release(version)`, `fail(error)` and `take() -> ScoredBatch`."""
     learner: Any
     """The training ranks: `step`, `save`, `load`, `export`."""
     sync: Sync
     """Weights to the engines."""
+    evaluate: Callable[[int], dict[str, float]]
+    """The `eval/` metrics after a step; nothing where none are due."""
     records: Records
     """Files of the run."""
     report: Callable[[dict[str, Any]], None]
@@ -53,6 +48,8 @@ class Span:
     """Checkpoints kept."""
     checkpoints: Path
     """Their folder."""
+    best: Best
+    """The best evaluated step so far; its checkpoint is kept as well."""
     state: dict[str, Any]
     """Written into each checkpoint."""
 
@@ -64,27 +61,39 @@ class Span:
 def train(parts: Parts, span: Span) -> None:
     """Run the steps of the span.
 
+    While a version is on its way to the engines, the next batch is generated and scored as far as the staleness bound
+    lets it; the weights do not change before their proof is done.
+
     Raises:
         Interrupted: after a checkpoint, if the user asked to stop.
     """
+    if span.completed_steps >= span.max_steps:
+        return
     with parts.records as records, parts.pipeline as pipeline:
-        parts.sync.push(version=span.completed_steps)
-        pipeline.release(span.completed_steps)
+        parts.sync.push(span.completed_steps, pipeline.release)
+        batch = pipeline.take()
         for step in range(span.completed_steps + 1, span.max_steps + 1):
             started = time.perf_counter()
-            batch = pipeline.take()
-            taken = time.perf_counter()
             trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals)
-            train_s = time.perf_counter() - taken
-            synced = parts.sync.push(version=step)
-            pipeline.release(step)
-            step_s = time.perf_counter() - started
-            metrics = step_metrics(batch, trained, synced, wait_s=taken - started, train_s=train_s, step_s=step_s)
+            train_s = time.perf_counter() - started
+            stop = parts.stop_requested() or step == span.max_steps
+            with BackgroundPush(parts.sync, step, served=pipeline.release, failed=pipeline.fail) as push:
+                following = None if stop else pipeline.take()
+            wait_s = time.perf_counter() - started - train_s
+            metrics = step_metrics(batch, trained, push.report, train_s=train_s, wait_s=wait_s) | parts.evaluate(step)
             records.write(step, metrics, batch.rollouts)
             parts.report(metrics)
-            stop = parts.stop_requested()
-            if stop or span.saves_at(step):
+            best = span.best.update(step, metrics)
+            if stop or best or span.saves_at(step):
                 records.flush_to_disk()  # a checkpoint must never know more than the ledger
-                checkpoint.write(span.checkpoints, step, span.state, parts.learner.save, keep_last=span.keep_last)
+                checkpoint.write(
+                    span.checkpoints,
+                    step,
+                    span.state | {"best": span.best.state()},
+                    parts.learner.save,
+                    keep_last=span.keep_last,
+                    keep_step=span.best.step,
+                )
             if stop and step < span.max_steps:
                 raise Interrupted(f"stopped after step {step}; a checkpoint is saved")
+            batch = following

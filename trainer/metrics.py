@@ -8,7 +8,7 @@ from trainer.weight_sync import SyncReport
 
 
 def step_metrics(
-    batch: ScoredBatch, trained: StepReport, synced: SyncReport, *, wait_s: float, train_s: float, step_s: float
+    batch: ScoredBatch, trained: StepReport, synced: SyncReport, *, train_s: float, wait_s: float
 ) -> dict[str, Any]:
     """One line of `metrics.jsonl`.
 
@@ -16,13 +16,14 @@ def step_metrics(
         batch: what was trained on.
         trained: of the optimizer step.
         synced: of the weight sync after it.
-        wait_s: how long the trainer waited for the batch.
         train_s: how long the optimizer step took.
-        step_s: how long the whole step took.
+        wait_s: how long the trainer then waited for the sync and for the next batch.
     """
     written = [rollout for rollout in batch.rollouts if rollout.source == "student"]
     generated = sum(len(rollout.response_ids) for rollout in written)
     ages = [batch.step - 1 - rollout.versions[0] for rollout in written if rollout.versions]
+    prompt_tokens = sum(len(rollout.prompt_ids) for rollout in written)
+    cached_tokens = sum(rollout.num_cached_tokens for rollout in written)
     stopped = sum(rollout.stop_reason == "stop" for rollout in written)
     return {
         "step": batch.step,
@@ -36,15 +37,19 @@ def step_metrics(
         "sync/bytes": synced.num_bytes,
         "sync/logprob_gap_max": synced.logprob_gap_max,
         "staleness/max": max(ages, default=0),
+        "staleness/mean": sum(ages) / len(ages) if ages else 0.0,
         "tokens/generated": generated,
         "tokens/trained": trained.num_tokens,
         "rollout/mean_length": generated / len(written) if written else None,
         "rollout/stopped_fraction": stopped / len(written) if written else None,
+        "rollout/prefix_cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
         "teacher/signal_bytes": batch.signal_bytes,
         "time/rollout_s": batch.rollout_s,
         "time/teacher_s": batch.teacher_s,
         "time/train_s": train_s,
+        "time/rollout_wait_s": batch.rollout_wait_s,
+        "time/teacher_wait_s": batch.teacher_wait_s,
         "time/train_wait_s": wait_s,
-        "time/step_s": step_s,
+        "time/step_s": train_s + wait_s,
         "source/on_policy": len(written) / len(batch.rollouts),
     }

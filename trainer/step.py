@@ -1,27 +1,27 @@
-"""One optimizer step: micro-batches by token budget, student forward, objective, backward, update.
+"""One optimizer step of one rank: student forward, objective, backward for each micro-batch, then the update.
 
 Legend: T response tokens of a micro-batch, V shared vocabulary rows.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from gkd.config.objective import Reduction
 from gkd.objectives.base import Objective, ObjectiveInputs
-from gkd.packing import pack, split_by_tokens
-from gkd.reduce import sequence_token_weights, weighted_sum
+from gkd.packing import PackedRows, pack
+from gkd.reduce import weighted_sum
 from gkd.response_forward import ResponseForward
 from gkd.types import ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine
+from trainer.share import RankShare
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepReport:
-    """What one optimizer step measured."""
+    """What one optimizer step measured, over all ranks."""
 
     loss: float
     """The batch's loss, in nats per token (or as the reduction says)."""
@@ -34,11 +34,15 @@ class StepReport:
     num_tokens: int
     """Response tokens in the loss."""
     num_micro_batches: int
-    """Forward passes."""
+    """Forward passes of each rank."""
 
 
 class TrainingDiverged(ArithmeticError):
     """The loss is not a number."""
+
+
+TeacherLogits = Callable[[Sequence[ScoredRollout], PackedRows], torch.Tensor | None]
+"""Where a micro-batch's teacher logits [T, V] come from; None where the objective needs none."""
 
 
 class TrainStep:
@@ -50,30 +54,34 @@ class TrainStep:
         forward: ResponseForward,
         objective: Objective,
         *,
+        teacher_logits: TeacherLogits,
         rows: int,
-        reduction: Reduction,
-        tokens_per_micro_batch: int,
     ) -> None:
         """`rows` is the number of vocabulary rows in the loss."""
         self._engine = engine
         self._forward = forward
         self._objective = objective
+        self._teacher_logits = teacher_logits
         self._rows = rows
-        self._reduction = reduction
-        self._tokens_per_micro_batch = tokens_per_micro_batch
 
-    def __call__(self, batch: Sequence[ScoredRollout], *, learning_rate: float) -> StepReport:
-        """Train on a batch. Its split into micro-batches changes the result by rounding only.
+    def __call__(self, samples: Sequence[ScoredRollout], share: RankShare, *, learning_rate: float) -> StepReport:
+        """Train on this rank's share of a batch; every rank calls this with its own share of the same batch.
+
+        The split into ranks and micro-batches changes the result by rounding only.
+
+        Args:
+            samples: the share's samples, in its order.
+            share: their weights and micro-batches.
+            learning_rate: of this step.
 
         Raises:
-            TrainingDiverged: before the update, if the loss is infinite or not a number.
+            TrainingDiverged: on every rank and before the update, if the batch's loss is infinite or not a number.
         """
-        weights = sequence_token_weights([len(s.rollout.response_ids) for s in batch], self._reduction)
-        groups = split_by_tokens([len(s.rollout.token_ids) for s in batch], self._tokens_per_micro_batch)
         totals: dict[str, float] = defaultdict(float)
-        for group in groups:
-            for name, value in self._micro_batch([batch[i] for i in group], [weights[i] for i in group]).items():
+        for places in share.micro_batches:
+            for name, value in self._micro_batch(samples, share.weights, places).items():
                 totals[name] += value
+        totals = self._engine.sum_over_ranks(totals)
         if not math.isfinite(totals["total"]):
             raise TrainingDiverged(
                 f"the loss is {totals['total']}: the weights are left as they were before this step. Usual causes: a "
@@ -83,42 +91,56 @@ class TrainStep:
         grad_norm = self._engine.step(learning_rate)
         return StepReport(
             loss=totals.pop("total"),
+            num_tokens=round(totals.pop("tokens")),
             metrics=dict(totals),
             grad_norm=grad_norm,
             learning_rate=learning_rate,
-            num_tokens=sum(len(s.rollout.response_ids) for s in batch),
-            num_micro_batches=len(groups),
+            num_micro_batches=len(share.micro_batches),
         )
 
-    def _micro_batch(self, samples: Sequence[ScoredRollout], weights: Sequence[float]) -> dict[str, float]:
-        """Forward and backward of a few samples; their share of the loss and of the metrics."""
+    def _micro_batch(
+        self, samples: Sequence[ScoredRollout], weights: Sequence[float], places: Sequence[int]
+    ) -> dict[str, float]:
+        """Forward and backward of a few samples; their share of the loss, of the tokens and of the metrics."""
+        # A pass with nothing to add still has to be made: the shortest sample stands in, with every token masked.
+        stand_in = min(range(len(samples)), key=lambda i: len(samples[i].rollout.token_ids))
+        members = [samples[i] for i in places or (stand_in,)]
         packed = pack(
-            [s.rollout.prompt_ids for s in samples],
-            [s.rollout.response_ids for s in samples],
+            [s.rollout.prompt_ids for s in members],
+            [s.rollout.response_ids for s in members],
             share_rows=self._forward.share_rows,
         )
         device = self._forward.device
-        student_TV = self._forward(packed)[:, : self._rows]
-        weights_T = torch.repeat_interleave(torch.tensor(weights), torch.tensor(packed.response_lengths)).to(device)
+        mask_T = _loss_mask(members) if places else torch.zeros(len(packed.response_ids_T), dtype=torch.bool)
+        token_weights = torch.tensor([weights[i] for i in places or (stand_in,)])
+        weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths)).to(device)
+        teacher_TV = self._teacher_logits(members, packed)
         output = self._objective(
             ObjectiveInputs(
-                student_logits_TV=student_TV,
-                teacher_logits_TV=_teacher_logits(samples, device),
+                student_logits_TV=self._forward(packed)[:, : self._rows],
+                teacher_logits_TV=None if teacher_TV is None else teacher_TV.to(device),
                 response_ids_T=packed.response_ids_T.to(device),
-                mask_T=torch.ones(len(packed.response_ids_T), dtype=torch.bool, device=device),
+                mask_T=mask_T.to(device),
             )
         )
         loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
         self._engine.backward(loss)
-        metrics = {"total": loss.item()}
+        sums = {"total": loss.item(), "tokens": float(mask_T.sum())}
         for name, values_T in output.metrics_T.items():
-            metrics[name] = weighted_sum(values_T, weights_T, output.mask_T).item()
-        return metrics
+            sums[name] = weighted_sum(values_T, weights_T, output.mask_T).item()
+        return sums
 
 
-def _teacher_logits(samples: Sequence[ScoredRollout], device: torch.device) -> torch.Tensor | None:
+def signal_logits(samples: Sequence[ScoredRollout], _packed: PackedRows) -> torch.Tensor | None:
+    """Teacher logits [T, V] as the teacher workers sent them; None if none was asked."""
     signals = [s.signal for s in samples if s.signal is not None]
     if not signals:
         return None
     assert len(signals) == len(samples), "either every sample of a batch is scored or none is"
-    return torch.cat([signal.tensor() for signal in signals]).to(device)
+    return torch.cat([signal.tensor() for signal in signals])
+
+
+def _loss_mask(samples: Sequence[ScoredRollout]) -> torch.Tensor:
+    """[T] bool, which response tokens count."""
+    flags = [r.loss_mask or (True,) * len(r.response_ids) for r in (s.rollout for s in samples)]
+    return torch.tensor([flag for mask in flags for flag in mask], dtype=torch.bool)

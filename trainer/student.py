@@ -1,24 +1,36 @@
-"""One rank's student: model, DeepSpeed engine, and everything that is asked of them."""
+"""One rank's student: model, DeepSpeed engine, and everything that is asked of them.
 
-from collections.abc import Iterator, Sequence
+With several ranks every method is called on all of them, in the same order: most hold a part of the weights only.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from gkd.config.objective import DistillObjective, SftObjective
+from gkd.config.objective import DistillObjective, DivergenceConfig, SftObjective
+from gkd.evaluation import divergence_sum
 from gkd.importing import load_object
 from gkd.interfaces import WeightSender, WeightUpdate
-from gkd.model_loading import load_causal_lm
-from gkd.objectives import build_objective
-from gkd.packing import pack
+from gkd.objectives import build_divergence, build_objective
+from gkd.packing import PackedRows, pack
 from gkd.response_forward import ResponseForward
+from gkd.seeds import derive_seed
+from gkd.signals import FullLogits, TeacherSignal
 from gkd.types import Rollout, ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
+from trainer.export import write_model
+from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights, write_adapter
 from trainer.schedule import learning_rate
-from trainer.step import StepReport, TrainStep
-from trainer.weights import checkpoint_weights
+from trainer.share import RankShare
+from trainer.step import StepReport, TrainStep, signal_logits
+from trainer.student_model import load_student, training_mode
+from trainer.weights import checkpoint_weights, tied_names
+
+Weights = Iterator[tuple[str, torch.Tensor]]
+"""Names and tensors, as they leave the student."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +45,16 @@ class StudentSettings:
     """Of random weights and dropout."""
     dropout: bool
     """Whether the model's own dropout acts in training."""
+    lora: LoraSettings | None
+    """The adapter that is trained; None trains all weights."""
+    gradient_checkpointing: bool
+    """Compute activations again in the backward pass."""
     rows: int
     """Vocabulary rows in the loss."""
     objective: DistillObjective | SftObjective
     """What is minimised."""
-    tokens_per_micro_batch: int
-    """Most positions in a forward pass."""
+    base_is_teacher: bool
+    """The teacher is the student's own base, its adapter off."""
     learning_rate: float
     """Peak."""
     lr_schedule: Literal["constant", "linear", "cosine"]
@@ -53,6 +69,8 @@ class StudentSettings:
     """Import path of the weight sender."""
     sender_kwargs: dict[str, object]
     """Its arguments."""
+    bucket_bytes: int
+    """Most bytes of sharded weights that are gathered at once."""
 
 
 class Student:
@@ -60,29 +78,37 @@ class Student:
 
     def __init__(self, settings: StudentSettings) -> None:
         self._settings = settings
-        self._model = load_causal_lm(settings.model, dtype="float32", init=settings.init, seed=settings.seed)
+        self._model = load_student(
+            settings.model,
+            dtype=settings.engine.dtype,
+            init=settings.init,
+            seed=settings.seed,
+            lora=settings.lora,
+            gradient_checkpointing=settings.gradient_checkpointing,
+        )
+        self._base = self._model.get_base_model() if settings.lora else self._model
         torch.manual_seed(settings.seed)
         self._engine = DeepSpeedEngine(self._model, settings.engine)
-        self._forward = ResponseForward(self._model, run=self._engine.forward)
+        self._forward = ResponseForward(self._base, run=self._engine.forward)
         self._step = TrainStep(
             self._engine,
             self._forward,
             build_objective(settings.objective),
+            teacher_logits=self._base_logits if settings.base_is_teacher else signal_logits,
             rows=settings.rows,
-            reduction=settings.objective.reduction,
-            tokens_per_micro_batch=settings.tokens_per_micro_batch,
         )
         self._sender: WeightSender = load_object(settings.sender, field="sync.backend")(**settings.sender_kwargs)
         self.sent_bytes = 0
 
-    def step(self, number: int, batch: Sequence[ScoredRollout]) -> StepReport:
-        """Optimizer step `number`, from 1."""
+    def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:
+        """Optimizer step `number`, from 1, on this rank's share of the batch."""
         settings = self._settings
-        self._model.train(settings.dropout)
-        if settings.dropout:
-            torch.manual_seed(settings.seed + number)  # so that a resumed run drops the same units
+        training_mode(self._model, dropout=settings.dropout)
+        # So that a resumed run drops the same units, and every rank others.
+        torch.manual_seed(derive_seed(settings.seed, "dropout", number, self._engine.rank))
         return self._step(
-            batch,
+            samples,
+            share,
             learning_rate=learning_rate(
                 number,
                 peak=settings.learning_rate,
@@ -101,11 +127,39 @@ class Student:
         taken_T = log_p_TV.gather(-1, packed.response_ids_T.to(log_p_TV.device).unsqueeze(-1)).squeeze(-1)
         return [part.tolist() for part in taken_T.split(list(packed.response_lengths))]
 
+    def divergence(
+        self, samples: Sequence[ScoredRollout], share: RankShare, config: DivergenceConfig
+    ) -> tuple[float, int]:
+        """Sum of a divergence to the teacher over the response tokens of all ranks' samples, and their number."""
+        self._model.eval()
+        divergence = build_divergence(config)
+        totals = {"sum": 0.0, "tokens": 0.0}
+        for places in share.micro_batches:
+            members = [samples[i] for i in places or (0,)]
+            rollouts = [member.rollout for member in members]
+            total, count = divergence_sum(self._forward, rollouts, self._signals(members), divergence)
+            if places:  # an empty pass only keeps this rank in step with the others
+                totals = {"sum": totals["sum"] + total, "tokens": totals["tokens"] + count}
+        totals = self._engine.sum_over_ranks(totals)
+        return totals["sum"], round(totals["tokens"])
+
+    def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
+        """What each engine needs to know to be connected; on rank 0."""
+        return self._sender.open(workers, modules)
+
+    def connect_wire(self) -> None:
+        """Connect to the engines, while they connect; on rank 0."""
+        self._sender.connect()
+
     def send_weights(self) -> Iterator[WeightUpdate]:
-        """One message a bucket, for the rollout engines."""
-        weights, tied = checkpoint_weights(self._model)
-        self.sent_bytes = sum(tensor.nbytes for _, tensor in weights)
-        yield from self._sender.send(weights, tied)
+        """One message a bucket, for the rollout engines; called on rank 0, while the others `follow_weights`."""
+        self.sent_bytes = 0
+        tied = {} if self._settings.lora else tied_names(self._base)
+        yield from self._sender.send(self._counted(self._synced_weights()), tied)
+
+    def follow_weights(self) -> None:
+        """Another rank's part in `send_weights`: to help make sharded weights whole."""
+        _exhaust(self._synced_weights())
 
     def save(self, folder: Path) -> None:
         """Model and optimizer state, to go on from."""
@@ -116,8 +170,68 @@ class Student:
         self._engine.load(folder)
 
     def export(self, folder: Path) -> None:
-        """The model with its tokenizer in Hugging Face format, safetensors."""
-        from transformers import AutoTokenizer
+        """The model with its tokenizer in Hugging Face format, safetensors; rank 0 writes.
 
-        self._model.save_pretrained(folder)
-        AutoTokenizer.from_pretrained(self._settings.model).save_pretrained(folder)
+        With an adapter the folder is the merged model, and its subfolder `adapter` the adapter alone.
+        """
+        use = self._on_rank_0
+        if self._settings.lora is None:
+            use(self._write_model, folder, checkpoint_weights(self._base, **self._streaming))
+        else:
+            use(self._write_model, folder, merged_weights(self._model, **self._streaming))
+            use(self._write_adapter, folder / "adapter", adapter_weights(self._model, **self._streaming))
+
+    def _on_rank_0(self, write: Callable[[Path, Weights], None], folder: Path, weights: Weights) -> None:
+        if self._engine.rank == 0:
+            write(folder, weights)
+        else:
+            _exhaust(weights)
+
+    def _write_model(self, folder: Path, weights: Weights) -> None:
+        write_model(folder, self._base, weights, tokenizer=self._settings.model)
+
+    def _write_adapter(self, folder: Path, weights: Weights) -> None:
+        write_adapter(folder, self._model, weights)
+
+    def _synced_weights(self) -> Weights:
+        """What travels to the rollout engines: with an adapter nothing else, for they read the base themselves."""
+        if self._settings.lora is None:
+            return checkpoint_weights(self._base, **self._streaming)
+        return adapter_weights(self._model, **self._streaming)
+
+    @property
+    def _streaming(self) -> dict[str, Any]:
+        return {"gathered": self._engine.gathered, "bucket_bytes": self._settings.bucket_bytes}
+
+    def _counted(self, weights: Weights) -> Weights:
+        for name, tensor in weights:
+            self.sent_bytes += tensor.nbytes
+            yield name, tensor
+
+    @torch.no_grad()
+    def _base_logits(self, samples: Sequence[ScoredRollout], packed: PackedRows) -> torch.Tensor:
+        """The base's logits [T, V], without its adapter and without dropout."""
+        was_training = {module: module.training for module in self._model.modules()}
+        self._model.eval()
+        with adapter_off(self._model):
+            logits_TV = self._forward(packed)[:, : self._settings.rows]
+        for module, training in was_training.items():
+            module.training = training
+        return logits_TV
+
+    def _signals(self, samples: Sequence[ScoredRollout]) -> list[TeacherSignal]:
+        """The teacher's signal of each sample, made here where the teacher is the base."""
+        if not self._settings.base_is_teacher:
+            return [sample.signal for sample in samples if sample.signal is not None]
+        packed = pack(
+            [s.rollout.prompt_ids for s in samples],
+            [s.rollout.response_ids for s in samples],
+            share_rows=self._forward.share_rows,
+        )
+        parts = self._base_logits(samples, packed).split(list(packed.response_lengths))
+        return [FullLogits.from_tensor(part) for part in parts]
+
+
+def _exhaust(weights: Weights) -> None:
+    for _ in weights:
+        pass

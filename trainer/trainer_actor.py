@@ -1,13 +1,15 @@
-"""Ray around the student: a thin actor for one training rank, and the driver's handle on it."""
+"""Ray around the student: a thin actor for one training rank, and the driver's handle on all of them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import ray
 
-from gkd.interfaces import WeightBuckets, WeightUpdate
+from gkd.config.objective import DivergenceConfig, Reduction
+from gkd.interfaces import WeightUpdate
 from gkd.types import Rollout, SampleId, ScoredRollout
+from trainer.share import RankShare, share_out
 from trainer.step import StepReport
 from trainer.student import Student, StudentSettings
 
@@ -23,27 +25,33 @@ class TrainerActor:
         """Returns once model and engine are up."""
         return True
 
-    def step(
-        self,
-        number: int,
-        rollouts: Sequence[Rollout],
-        groups: Sequence[Sequence[SampleId]],
-        signal_refs: Sequence[Any],
-    ) -> StepReport:
-        """Train on a batch whose signals are still in the object store."""
-        signals: dict[SampleId, Any] = {}
-        for group, ref in zip(groups, signal_refs, strict=True):
-            values = ray.get(ref) if ref is not None else [None] * len(group)
-            signals |= zip(group, values, strict=True)
-        return self._student.step(number, [ScoredRollout(rollout=r, signal=signals[r.id]) for r in rollouts])
+    def step(self, number: int, part: "RankPart") -> StepReport:
+        """Train on a share whose signals are still in the object store."""
+        return self._student.step(number, part.open(), part.share)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probabilities of responses under the current weights."""
         return self._student.logprobs(rollouts)
 
+    def divergence(self, part: "RankPart", config: DivergenceConfig) -> tuple[float, int]:
+        """Sum of a divergence over the response tokens of all ranks, and their number."""
+        return self._student.divergence(part.open(), part.share, config)
+
+    def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
+        """What each engine needs to know to be connected."""
+        return self._student.open_wire(workers, modules)
+
+    def connect_wire(self) -> None:
+        """Connect to the engines."""
+        self._student.connect_wire()
+
     def send_weights(self) -> Iterator[WeightUpdate]:
         """One message a bucket; each becomes an object that the driver owns."""
         yield from self._student.send_weights()
+
+    def follow_weights(self) -> None:
+        """Help rank 0 to send."""
+        self._student.follow_weights()
 
     def sent_bytes(self) -> int:
         """Bytes of the last `send_weights`."""
@@ -62,45 +70,117 @@ class TrainerActor:
         self._student.export(folder)
 
 
+class RankPart:
+    """What one rank is sent of a batch: its own samples, and handles to the scoring groups that hold them."""
+
+    def __init__(
+        self,
+        share: RankShare,
+        rollouts: Sequence[Rollout],
+        groups: Sequence[Sequence[SampleId]],
+        signals: Sequence[Any],
+    ) -> None:
+        """Take what `share` names out of the whole batch."""
+        self.share = share
+        self._rollouts = [rollouts[i] for i in share.samples]
+        own = {rollout.id for rollout in self._rollouts}
+        # Handles inside a list stay handles: each rank opens only the groups that it needs.
+        self._groups = [(group, ref) for group, ref in zip(groups, signals, strict=True) if own.intersection(group)]
+
+    def open(self) -> list[ScoredRollout]:
+        """The share's samples with their signals, fetched from the object store."""
+        signals: dict[SampleId, Any] = {}
+        for group, ref in self._groups:
+            values = ray.get(ref) if ref is not None else [None] * len(group)
+            signals |= zip(group, values, strict=True)
+        return [ScoredRollout(rollout=rollout, signal=signals[rollout.id]) for rollout in self._rollouts]
+
+
 class Learner:
     """The driver's handle on the training ranks."""
 
-    def __init__(self, actor: Any, *, timeout_s: float) -> None:
-        self._actor = actor
+    def __init__(
+        self, ranks: Sequence[Any], *, tokens_per_micro_batch: int, reduction: Reduction, timeout_s: float
+    ) -> None:
+        """`ranks` are the actors, rank 0 first."""
+        self._ranks = list(ranks)
+        self._tokens_per_micro_batch = tokens_per_micro_batch
+        self._reduction: Reduction = reduction
         self._timeout_s = timeout_s
 
-    def step(self, number: int, rollouts: Sequence[Rollout], groups: Any, signals: Sequence[Any]) -> StepReport:
+    def step(
+        self, number: int, rollouts: Sequence[Rollout], groups: Sequence[Sequence[SampleId]], signals: Sequence[Any]
+    ) -> StepReport:
         """Optimizer step `number`. The references stay with the driver, which owns them."""
-        return self._get(self._actor.step.remote(number, rollouts, groups, list(signals)))
+        parts = self._parts(rollouts, groups, signals)
+        calls = [rank.step.remote(number, part) for rank, part in zip(self._ranks, parts, strict=True)]
+        return self._get(calls)[0]
+
+    def divergence(
+        self,
+        rollouts: Sequence[Rollout],
+        groups: Sequence[Sequence[SampleId]],
+        signals: Sequence[Any],
+        config: DivergenceConfig,
+    ) -> tuple[float, int]:
+        """Sum of a divergence to the teacher over all response tokens, and their number."""
+        parts = self._parts(rollouts, groups, signals)
+        calls = [rank.divergence.remote(part, config) for rank, part in zip(self._ranks, parts, strict=True)]
+        return self._get(calls)[0]
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probabilities of responses under the current weights."""
-        return self._get(self._actor.logprobs.remote(rollouts))
+        return self._on_all("logprobs", rollouts)[0]
 
-    def publish(self, version: int) -> WeightBuckets:
-        """The current weights, packed, as objects that the driver owns."""
-        buckets = self._actor.send_weights.options(num_returns="streaming").remote()
-        refs: list[Any] = []
+    def publish(self) -> Iterator[WeightUpdate]:
+        """The current weights, one message a bucket, as objects that the driver owns; made as they are asked for.
+
+        Raises:
+            TimeoutError: if the next one is not there in time.
+        """
+        followers = [rank.follow_weights.remote() for rank in self._ranks[1:]]
+        # One message ahead: the next bucket is packed while this one is loaded, and no more than two are ever held.
+        options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
+        messages = self._ranks[0].send_weights.options(**options).remote()
         while True:
-            if not ray.wait([buckets], timeout=self._timeout_s)[0]:
+            if not ray.wait([messages], timeout=self._timeout_s)[0]:
                 raise TimeoutError(f"the trainer sent no weights in {self._timeout_s:g} s")
             try:
-                refs.append(next(buckets))
+                message = next(messages)
             except StopIteration:
                 break
-        return WeightBuckets(version=version, updates=refs, num_bytes=self._get(self._actor.sent_bytes.remote()))
+            yield message
+        self._get(followers)
+
+    def sent_bytes(self) -> int:
+        """Bytes of weights in the last `publish`."""
+        return ray.get(self._ranks[0].sent_bytes.remote(), timeout=self._timeout_s)
 
     def save(self, folder: Path) -> None:
         """Write training state."""
-        self._get(self._actor.save.remote(folder))
+        self._on_all("save", folder)
 
     def load(self, folder: Path) -> None:
         """Read training state."""
-        self._get(self._actor.load.remote(folder))
+        self._on_all("load", folder)
 
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format."""
-        self._get(self._actor.export.remote(folder))
+        self._on_all("export", folder)
 
-    def _get(self, ref: Any) -> Any:
-        return ray.get(ref, timeout=self._timeout_s)
+    def _parts(
+        self, rollouts: Sequence[Rollout], groups: Sequence[Sequence[SampleId]], signals: Sequence[Any]
+    ) -> list[RankPart]:
+        shares = share_out(
+            rollouts,
+            num_ranks=len(self._ranks),
+            tokens_per_micro_batch=self._tokens_per_micro_batch,
+            reduction=self._reduction,
+        )
+        return [RankPart(share, rollouts, groups, signals) for share in shares]
+
+    def _on_all(self, method: str, *args: Any) -> list[Any]:
+        return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])
+
+    def _get(self, calls: list[Any]) -> list[Any]:
+        return ray.get(calls, timeout=self._timeout_s)

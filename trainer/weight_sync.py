@@ -1,12 +1,13 @@
 """Weights from the trainer to the rollout engines, and the proof that the engines serve what was trained."""
 
 import math
+import threading
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
-from gkd.interfaces import WeightBuckets, WeightReceivers
+from gkd.interfaces import WeightReceivers, WeightUpdate
 from gkd.types import Rollout
 
 
@@ -17,8 +18,12 @@ class WeightGapError(RuntimeError):
 class Publisher(Protocol):
     """The trainer, as the weight sync sees it."""
 
-    def publish(self, version: int) -> WeightBuckets:
-        """The current weights, packed."""
+    def publish(self) -> Iterator[WeightUpdate]:
+        """The current weights, one message a bucket."""
+        ...
+
+    def sent_bytes(self) -> int:
+        """Bytes of weights in the last `publish`."""
         ...
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
@@ -40,27 +45,63 @@ class SyncReport:
     """Largest |log p(engine) - log p(trainer)| on the probe, in nats; None where no engine runs."""
 
 
+Served = Callable[[int], None]
+"""Told the version that the engines serve from now on."""
+
+
+class Sync(Protocol):
+    """Brings the rollout engines to a version."""
+
+    def push(self, version: int, served: Served) -> SyncReport:
+        """Publish and prove; `served` is told as soon as prompts may go to the engines."""
+        ...
+
+
 class WeightSync:
     """Publishes a version and proves it: after every sync the engine generates a probe that the trainer scores."""
 
-    def __init__(self, trainer: Publisher, engines: WeightReceivers, *, max_gap: float | None) -> None:
-        """A gap above `max_gap` nats ends the run; None only measures."""
+    def __init__(
+        self,
+        trainer: Publisher,
+        engines: WeightReceivers,
+        *,
+        due: Callable[[int], bool],
+        max_gap: float | None,
+        on_gap: Callable[[str], None],
+    ) -> None:
+        """Set up.
+
+        Args:
+            trainer: sends.
+            engines: receive.
+            due: whether a version is to be pushed; the first one always is.
+            max_gap: in nats; None only measures.
+            on_gap: told of a larger gap: it raises, or warns.
+        """
         self._trainer = trainer
         self._engines = engines
+        self._due = due
         self._max_gap = max_gap
+        self._on_gap = on_gap
+        self._version: int | None = None
 
-    def push(self, version: int) -> SyncReport:
-        """Bring every engine to the current weights.
+    def push(self, version: int, served: Served) -> SyncReport:
+        """Bring every engine to the current weights, if a sync is due.
 
         Raises:
             WeightGapError: if the engine's log-probabilities are not the trainer's.
         """
+        if self._version is not None and not self._due(version):
+            return SyncReport(version=self._version, seconds=0.0, num_bytes=0, logprob_gap_max=None)
         start = time.perf_counter()
-        weights = self._trainer.publish(version)
-        self._engines.update_weights(weights)
-        gap = self._measure_gap()
+        self._engines.update_weights(version, self._trainer.publish())
+        probe = self._engines.probe()
+        # The probe is generated: from here on the engines are free, while the trainer scores it.
+        served(version)
+        self._version = version
+        gap = self._gap(probe)
         if self._max_gap is not None and not gap <= self._max_gap:
-            raise WeightGapError(
+            self._on_gap(
                 f"after the sync of version {version} the rollout engine's log-probabilities differ from the "
                 f"trainer's by up to {gap:.3g} nats (sync.max_logprob_gap = {self._max_gap:g}): rollouts would not "
                 "come from the weights they claim. Usual causes: a weight that the engine did not take over (a tied "
@@ -69,12 +110,11 @@ class WeightSync:
         return SyncReport(
             version=version,
             seconds=time.perf_counter() - start,
-            num_bytes=weights.num_bytes,
+            num_bytes=self._trainer.sent_bytes(),
             logprob_gap_max=gap,
         )
 
-    def _measure_gap(self) -> float:
-        probe = self._engines.probe()
+    def _gap(self, probe: Sequence[Rollout]) -> float:
         trained = self._trainer.logprobs(probe)
         gap = 0.0
         for rollout, logprobs in zip(probe, trained, strict=True):
@@ -85,9 +125,72 @@ class WeightSync:
         return gap
 
 
+def stop_the_run(message: str) -> None:
+    """What a gap does in float32, where it can only be a mistake.
+
+    Raises:
+        WeightGapError: always.
+    """
+    raise WeightGapError(message)
+
+
 class NoSync:
     """In the sync's place where no rollout engine runs."""
 
-    def push(self, version: int) -> SyncReport:
+    def push(self, version: int, served: Served) -> SyncReport:
         """The version advances; nothing moves."""
+        served(version)
         return SyncReport(version=version, seconds=0.0, num_bytes=0, logprob_gap_max=None)
+
+
+class EvaluationSync:
+    """The sync where the engines only answer held-out prompts: no training sample waits for them."""
+
+    def __init__(self, sync: WeightSync) -> None:
+        """`sync` is due at the steps that are evaluated."""
+        self._sync = sync
+
+    def push(self, version: int, served: Served) -> SyncReport:
+        """Training goes on at once; the engines get the weights where an evaluation follows."""
+        served(version)
+        report = self._sync.push(version, lambda _: None)
+        return replace(report, version=version)
+
+
+class BackgroundPush:
+    """A push that goes on while the caller waits for the next batch: `with BackgroundPush(...) as push: take()`.
+
+    On leaving, the push has ended; if it failed, its error is raised. `failed` is told of an error at once, so that
+    whoever waits for the engines does not wait in vain.
+    """
+
+    def __init__(self, sync: Sync, version: int, *, served: Served, failed: Callable[[BaseException], None]) -> None:
+        self._sync = sync
+        self._version = version
+        self._served = served
+        self._failed = failed
+        self._error: BaseException | None = None
+        self._report: SyncReport | None = None
+        self._thread = threading.Thread(target=self._run, name="push", daemon=True)
+
+    def __enter__(self) -> "BackgroundPush":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._thread.join()
+        if kind is None and self._error is not None:
+            raise self._error
+
+    @property
+    def report(self) -> SyncReport:
+        """What it measured; once the push has ended."""
+        assert self._report is not None, "the push has not ended"
+        return self._report
+
+    def _run(self) -> None:
+        try:
+            self._report = self._sync.push(self._version, self._served)
+        except BaseException as error:  # raised again by whoever waits: `take` through `failed`, or `__exit__`
+            self._error = error
+            self._failed(error)

@@ -38,7 +38,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        raise _user_error(error.errors()) from None
+        raise _user_error(error.errors(), tree) from None
     refuse_unbuilt(config)
     return config
 
@@ -71,27 +71,39 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text) if text else ""
     except yaml.YAMLError:
         raise UserError("override", override, "its value is not valid YAML.", "Quote the value.") from None
-    node = tree
-    for name in names[:-1]:
-        below = node.setdefault(name, {})
-        if below is None:
-            below = node[name] = {}
-        if not isinstance(below, dict):
-            raise UserError("override", override, f"{name} is a value, not a section.", "Correct the dotted key.")
-        node = below
-    node[names[-1]] = value
+    node: Any = tree
+    for depth, name in enumerate(names):
+        entry = _entry(node, name, above=".".join(names[:depth]), override=override)
+        if depth == len(names) - 1:
+            node[entry] = value
+        elif isinstance(node, dict) and node.get(entry) is None:
+            node[entry] = {}
+        node = node[entry]
 
 
-def _user_error(errors: list[ErrorDetails]) -> UserError:
+def _entry(node: Any, name: str, *, above: str, override: str) -> str | int:
+    """`name` as a key of `node`, which is found under `above`: as it is in a section, a number in a list."""
+    if isinstance(node, dict):
+        return name
+    if not isinstance(node, list):
+        raise UserError("override", override, f"{above} is a value, not a section.", "Correct the dotted key.")
+    if not name.isdecimal() or int(name) >= len(node):
+        raise UserError(
+            "override", override, f"{above} is a list of {len(node)}.", f"Name an entry by its number: {above}.0"
+        )
+    return int(name)
+
+
+def _user_error(errors: list[ErrorDetails], tree: dict[str, Any]) -> UserError:
     """The first error as the user's; several at once are counted."""
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")  # a typo explains what seems missing
     more = f" ({len(errors) - 1} more after this one.)" if len(errors) > 1 else ""
-    field, value, problem, cure = _describe(first)
+    field, value, problem, cure = _describe(first, tree)
     return UserError(field, value, problem, cure + more)
 
 
-def _describe(error: ErrorDetails) -> tuple[str, object, str, str]:
-    names = _field_names(error["loc"])
+def _describe(error: ErrorDetails, tree: dict[str, Any]) -> tuple[str, object, str, str]:
+    names = _field_names(error["loc"], tree)
     field, value = ".".join(names) or "config", error["input"]
     match error["type"]:
         case "extra_forbidden":
@@ -112,7 +124,7 @@ def _describe(error: ErrorDetails) -> tuple[str, object, str, str]:
                 field, _, message = message.partition(": ")
                 field, _, shown = field.partition(" = ")
                 return field, yaml.safe_load(shown) if shown else None, "does not fit the rest.", _sentence(message)
-            return field, value, "is out of range.", _sentence(message)
+            return field, value, "is not accepted.", _sentence(message)
         case _:
             return field, value, "is not accepted.", _sentence(error["msg"])
 
@@ -121,9 +133,20 @@ def _sentence(text: str) -> str:
     return f"{text[0].upper()}{text[1:]}." if text else ""
 
 
-def _field_names(loc: tuple[int | str, ...]) -> list[str]:
-    """The location without the tags that pydantic adds inside unions."""
-    return [str(name) for name, _, is_tag in _walk(loc) if not is_tag]
+def _field_names(loc: tuple[int | str, ...], tree: dict[str, Any]) -> list[str]:
+    """The location as the user wrote it: without what pydantic adds to name the members of a union, and without the
+    number of a list's only entry where the list around it was left out."""
+    names: list[str] = []
+    node: Any = tree
+    for name, _, is_tag in _walk(loc):
+        if isinstance(node, list) and isinstance(name, int):
+            node = node[name]
+        elif isinstance(node, dict) and isinstance(name, str) and not is_tag:
+            node = node.get(name)
+        else:
+            continue
+        names.append(str(name))
+    return names
 
 
 def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
@@ -138,6 +161,9 @@ def _walk(loc: tuple[int | str, ...]) -> list[tuple[int | str, Any, bool]]:
     found: list[tuple[int | str, Any, bool]] = []
     annotation: Any = Config
     for part in loc:
+        if isinstance(part, int):  # an entry of a list, whose annotation is already that of its entries
+            found.append((part, annotation, False))
+            continue
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             known = annotation.model_fields.get(str(part))
             annotation = _unwrap(known.annotation) if known else None

@@ -1,8 +1,10 @@
 """The `student` and `teacher` sections."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from gkd.config.base import Count, Fraction, Section
+from pydantic import Field, model_validator
+
+from gkd.config.base import Count, Positive, Section
 
 
 class LoraConfig(Section):
@@ -10,12 +12,12 @@ class LoraConfig(Section):
 
     r: Count = 16
     """Rank."""
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     """Scale numerator: the adapter's output is multiplied by alpha / r."""
     targets: list[str] | Literal["all-linear"] = "all-linear"
-    """Module names that get an adapter."""
-    dropout: Fraction = 0.0
-    """Dropout on the adapter's input."""
+    """Names of the modules that get an adapter (such as q_proj), or every linear layer but the head."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
 
 
 class StudentConfig(Section):
@@ -36,10 +38,11 @@ class TeacherConfig(Section):
 
     name: str = "teacher"
     """Its name where there are several."""
-    model: str
-    """Folder or hub name, in Hugging Face format."""
-    backend: Literal["hf", "vllm"] = "hf"
-    """Engine that runs it."""
+    model: str | None = None
+    """Folder or hub name, in Hugging Face format. Not needed with `backend: student_base`."""
+    backend: Literal["hf", "vllm", "student_base"] = "hf"
+    """What runs it: transformers; vLLM; or the trainer itself, the teacher being the student's own base with its LoRA
+    adapter off (self-distillation from one copy of the weights)."""
     signal: Literal["full_logits", "hidden_states", "top_k", "sampled_logprobs", "attention_relations"] = "full_logits"
     """Form in which its judgement travels."""
     num_actors: Count = 1
@@ -50,3 +53,12 @@ class TeacherConfig(Section):
     """Most tokens in one scoring batch, counted with the longest possible response."""
     sequences_per_batch: Count = 8
     """Most sequences in one scoring batch: small groups leave for the teacher while others still generate."""
+
+    @model_validator(mode="after")
+    def has_a_model(self) -> "TeacherConfig":
+        """A teacher of its own needs a model; the student's base is one already."""
+        if self.model is None and self.backend != "student_base":
+            raise ValueError("needs `model`: a folder or hub name, or `backend: student_base`")
+        if self.model is not None and self.backend == "student_base":
+            raise ValueError("takes no `model` with `backend: student_base`: the teacher is the student's own base")
+        return self

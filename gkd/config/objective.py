@@ -2,9 +2,10 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Tag, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Tag, field_validator
 
 from gkd.config.base import Positive, Section
+from gkd.importing import absolute_path
 
 Reduction = Literal["token_mean", "sequence_mean"]
 """`token_mean`: mean over all response tokens of the batch. `sequence_mean`: mean over each sequence's tokens, then
@@ -46,8 +47,9 @@ class CustomDivergence(Section):
     """A divergence of the user's own."""
 
     type: Literal["custom"]
-    path: str
-    """Import path, "package.module:function"; the function takes (student_logits_TV, teacher_logits_TV, **kwargs)."""
+    path: Annotated[str, AfterValidator(absolute_path)]
+    """Import path, "package.module:function" or "path/to/file.py:function"; the function takes (student_logits_TV,
+    teacher_logits_TV, **kwargs). A relative file is looked for from where the command runs."""
     kwargs: dict[str, Any] = {}
     """Bound to the function's keyword arguments."""
 

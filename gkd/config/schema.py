@@ -12,6 +12,9 @@ from gkd.config.objective import ObjectiveConfig, SftObjective
 from gkd.config.rollout import RolloutConfig
 from gkd.config.trainer import SyncConfig, TrainerConfig
 
+LARGEST_RANK = 512
+"""Largest adapter that vLLM takes."""
+
 
 class RunConfig(Section):
     """The run itself."""
@@ -41,9 +44,11 @@ class EvalConfig(Section):
     every_steps: NonNegativeInt = 0
     """Steps between evaluations; 0 is never."""
     metrics: list[Literal["exact_match", "divergence"]] = ["exact_match", "divergence"]
-    """What is measured."""
-    best: str | None = None
-    """Metric whose best checkpoint is kept."""
+    """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples."""
+    limit: Count | None = None
+    """Use the first so many records of `data.eval` only."""
+    best: Literal["exact_match", "divergence"] | None = None
+    """Metric whose best checkpoint is kept beside the newest ones."""
 
 
 class LogConfig(Section):
@@ -81,24 +86,89 @@ class Config(Section):
     @model_validator(mode="after")
     def parts_agree(self) -> "Config":
         """Checks that span sections."""
+        self._check_models()
+        self._check_training()
+        self._check_evaluation()
+        return self
+
+    def _check_models(self) -> None:
         if self.needs_teacher and self.teacher is None and not self.teachers:
             raise ValueError("teacher: this objective compares with a teacher: add `teacher: {model: ...}`")
-        if self.sync.max_staleness == 0 and self.sync.every_steps != 1:
+        lora = self.student.lora
+        if self.teacher is not None and self.teacher.backend == "student_base" and lora is None:
             raise ValueError(
-                f"sync.every_steps = {self.sync.every_steps}: with `sync.max_staleness: 0` every step must sync: "
+                "teacher.backend = student_base: the teacher is the student with its adapter off, so the student needs "
+                "an adapter: add `student.lora: {}`, or name a teacher model"
+            )
+        if lora is None:
+            return
+        if self.student.init == "random":
+            raise ValueError(
+                "student.init = random: the rollout engines read the base under an adapter from the model's folder: "
+                "train all weights (remove student.lora), or use pretrained"
+            )
+        if lora.r > LARGEST_RANK:
+            raise ValueError(
+                f"student.lora.r = {lora.r}: the rollout engines take adapters of rank {LARGEST_RANK} at most: lower it"
+            )
+
+    def _check_training(self) -> None:
+        trainer, sync = self.trainer, self.sync
+        if sync.max_staleness == 0 and sync.every_steps != 1:
+            raise ValueError(
+                f"sync.every_steps = {sync.every_steps}: with `sync.max_staleness: 0` every step must sync: "
                 "set every_steps to 1, or allow some staleness"
             )
-        if self.trainer.batch_size % self.rollout.samples_per_prompt:
+        if sync.every_steps > sync.max_staleness + 1:
             raise ValueError(
-                f"trainer.batch_size = {self.trainer.batch_size}: counts sequences, so it must be a multiple of "
+                f"sync.every_steps = {sync.every_steps}: with sync.max_staleness = {sync.max_staleness} the prompts of "
+                "the last steps before a sync would wait for that very sync: set every_steps to at most "
+                f"{sync.max_staleness + 1}, or allow more staleness"
+            )
+        if trainer.batch_size % self.rollout.samples_per_prompt:
+            raise ValueError(
+                f"trainer.batch_size = {trainer.batch_size}: counts sequences, so it must be a multiple of "
                 f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}"
             )
-        if self.trainer.warmup_steps >= self.trainer.max_steps:
+        if trainer.batch_size < trainer.num_ranks:
             raise ValueError(
-                f"trainer.warmup_steps = {self.trainer.warmup_steps}: must be below trainer.max_steps = "
-                f"{self.trainer.max_steps}"
+                f"trainer.batch_size = {trainer.batch_size}: counts sequences over all ranks: give each of the "
+                f"trainer.num_ranks = {trainer.num_ranks} at least one"
             )
-        return self
+        if trainer.warmup_steps >= trainer.max_steps:
+            raise ValueError(
+                f"trainer.warmup_steps = {trainer.warmup_steps}: must be below trainer.max_steps = {trainer.max_steps}"
+            )
+        needed = {"none": 0, "optimizer": 1, "all": 3}[trainer.offload]
+        if trainer.zero_stage < needed:
+            raise ValueError(
+                f"trainer.offload = {trainer.offload}: moves what ZeRO shards: set trainer.zero_stage to at least "
+                f"{needed}, or offload to none"
+            )
+
+    def _check_evaluation(self) -> None:
+        evaluation = self.eval
+        if evaluation.every_steps and not self.data.eval:
+            raise ValueError(
+                f"eval.every_steps = {evaluation.every_steps}: there is nothing to evaluate on: add `data.eval: "
+                "{path: ...}`, or set every_steps to 0"
+            )
+        if evaluation.every_steps and not self.measured:
+            raise ValueError(
+                f"eval.metrics = {evaluation.metrics}: none can be measured here (a divergence needs a teacher): add "
+                "exact_match"
+            )
+        if evaluation.best is None:
+            return
+        if not evaluation.every_steps:
+            raise ValueError(
+                f"eval.best = {evaluation.best}: is never measured: set eval.every_steps, or leave out eval.best"
+            )
+        if evaluation.best not in self.measured:
+            raise ValueError(
+                f"eval.best = {evaluation.best}: is not measured: use one of {', '.join(self.measured)}, or add it to "
+                "eval.metrics (a divergence needs a teacher)"
+            )
 
     @property
     def needs_teacher(self) -> bool:
@@ -119,3 +189,25 @@ class Config(Section):
     def needs_completions(self) -> bool:
         """Whether every training record must have a completion."""
         return self.on_policy_fraction < 1
+
+    @property
+    def needs_teacher_workers(self) -> bool:
+        """Whether the teacher has workers of its own; the student's base is scored by the trainer."""
+        return self.needs_teacher and self.teacher is not None and self.teacher.backend != "student_base"
+
+    @property
+    def needs_engine(self) -> bool:
+        """Whether a rollout engine is started: to write samples, or to answer held-out prompts."""
+        return self.needs_rollouts or self.eval.every_steps > 0
+
+    @property
+    def measured(self) -> list[str]:
+        """What evaluation measures: of the metrics asked for, those that can be (a divergence needs a teacher)."""
+        return [name for name in self.eval.metrics if name != "divergence" or self.needs_teacher]
+
+    @property
+    def max_logprob_gap(self) -> float | None:
+        """`sync.max_logprob_gap`, with `auto` resolved for the trainer's precision."""
+        if self.sync.max_logprob_gap == "auto":
+            return 1e-3 if self.trainer.dtype == "float32" else 0.1
+        return self.sync.max_logprob_gap

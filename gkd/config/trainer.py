@@ -35,7 +35,11 @@ class TrainerConfig(Section):
     grad_clip: NonNegative = 1.0
     """Largest gradient norm; 0 is off."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the student's forward and backward pass."""
+    """Precision of the student's forward and backward pass. With bfloat16 the optimizer updates float32 masters."""
+    gradient_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What lives in CPU memory on GPU hosts: the optimizer's state (ZeRO 1-3), or that and the weights (ZeRO 3)."""
     checkpoint_every: NonNegativeInt = 100
     """Steps between checkpoints; 0 saves at the end only."""
     keep_last: Count = 2
@@ -50,8 +54,10 @@ class SyncConfig(Section):
     every_steps: Count = 1
     """Optimizer steps between syncs."""
     max_staleness: NonNegativeInt = 0
-    """Most optimizer steps between the weights that began a sample and those it trains; 0 is strictly on-policy."""
-    max_logprob_gap: Positive | None = 1e-3
-    """Largest |log p(engine) - log p(trainer)| in nats that passes after a sync; None only records it."""
+    """Most optimizer steps between the weights that began a sample and those it trains; 0 is strictly on-policy. Above
+    0 generation runs ahead of training by so many steps."""
+    max_logprob_gap: Positive | Literal["auto"] | None = "auto"
+    """Largest |log p(engine) - log p(trainer)| in nats that passes after a sync. A larger one stops a float32 run and
+    is warned of in a bfloat16 one. auto: 1e-3 for float32, 0.1 for bfloat16; None only records it."""
     bucket_mib: Positive = 64.0
     """Size of the packed buckets that weights travel in, MiB."""

@@ -1,18 +1,21 @@
 """The `object_store` wire: packed buckets of weights through Ray's object store, for CPU hosts and across nodes.
 
-The trainer packs its weights into buckets and returns each as one object; every engine on a node reads the same copy.
+The trainer packs its weights into buckets and returns each as one object; every engine on a node is handed the same
+copy.
 Assumptions: sender and receivers are workers of one Ray cluster; the driver owns the objects; a bucket fits into the
 object store. vLLM finds the receiver through its plug-in entry point (`register`), in every process it starts. vllm is
 imported only there: the trainer's process builds transformers models, which must happen without vllm.
 """
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import ray
 import torch
+
+from rollout.weights.packed import held_modules
 
 BACKEND = "object_store"
 _ALIGNMENT = 64  # bytes; lets every tensor be viewed in place, whatever its neighbours' dtypes
@@ -53,18 +56,25 @@ class ObjectStoreSender:
         """`bucket_bytes` is the size at which a bucket is closed; a larger tensor gets a bucket of its own."""
         self._bucket_bytes = bucket_bytes
 
-    def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[Bucket]:
+    def open(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
+        """There is nothing to agree on: each receiver finds out itself what its model holds."""
+        return [{} for _ in workers]
+
+    def connect(self) -> None:
+        """There is no connection to open."""
+
+    def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[dict[str, Bucket]]:
         """Yield the buckets in order, each built only when it is asked for."""
         waiting: list[tuple[str, torch.Tensor]] = []
         waiting_bytes = 0
         for name, tensor in weights:
             if waiting and waiting_bytes + tensor.nbytes > self._bucket_bytes:
-                yield _pack(waiting, tied)
+                yield {"bucket": _pack(waiting, tied)}
                 waiting, waiting_bytes = [], 0
             waiting.append((name, tensor))
             waiting_bytes += tensor.nbytes
         if waiting:
-            yield _pack(waiting, tied)
+            yield {"bucket": _pack(waiting, tied)}
 
 
 def _pack(tensors: list[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Bucket:
@@ -94,7 +104,7 @@ def named_for_engine(bucket: Bucket, model: torch.nn.Module) -> Iterator[tuple[s
     With tied embeddings some of vLLM's models keep a head module of their own (Qwen2, GPT-2, OPT): if they are not sent
     the alias they serve the *old* head, silently. Others have no such module (Gemma-2) and refuse it.
     """
-    held = {name.rpartition(".")[2] for name, _ in model.named_modules(remove_duplicate=False)}
+    held = held_modules(model)
     aliases = {name: alias for alias, name in bucket.tied.items() if alias.split(".")[-2] in held}
     for name, tensor in bucket.tensors():
         yield name, tensor
@@ -126,7 +136,7 @@ def _receiver_class() -> type:
     class UpdateInfo(WeightTransferUpdateInfo):
         """One bucket."""
 
-        bucket: "Bucket | ray.ObjectRef"
+        bucket: Bucket
 
     class ObjectStoreReceiver(WeightTransferEngine):
         """The engine's end: reads buckets and reloads the model from them."""
@@ -146,10 +156,7 @@ def _receiver_class() -> type:
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            bucket = update_info.bucket
-            if isinstance(bucket, ray.ObjectRef):
-                bucket = ray.get(bucket)
-            self.model.load_weights(named_for_engine(bucket, self.model))
+            self.model.load_weights(named_for_engine(update_info.bucket, self.model))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

@@ -29,13 +29,19 @@ def train_file(tmp_path_factory):
 
 @pytest.fixture
 def train(tmp_path, models, train_file, ray_cluster):
-    """`train(folder_name, {"section.key": value})` runs `gkd train` in this process; returns the metrics and ledger."""
+    """`train(folder_name, {"section.key": value, "section": values})` runs `gkd train` in this process.
+
+    It returns the metrics, the ledger and the run's folder.
+    """
 
     def run(name="run", changes=None, *, student=None, teacher=None):
         tree = config_tree(tmp_path / name, student or models("qwen2"), teacher or models("llama", seed=1), train_file)
         for key, value in (changes or {}).items():
             section, _, rest = key.partition(".")
-            tree.setdefault(section, {})[rest] = value
+            if rest:
+                tree.setdefault(section, {})[rest] = value
+            else:
+                tree[section] = value
         folder = tmp_path / name
         run_training(parse_config(tree), Console(file=io.StringIO()))
         return read_lines(folder / "metrics.jsonl"), read_lines(folder / "samples.jsonl"), folder

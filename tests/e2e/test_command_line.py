@@ -15,43 +15,82 @@ from tiny import config_tree, read_lines
 COMMAND = str(Path(sys.executable).with_name("gkd"))
 
 
-def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not(models, train_file, tmp_path):
-    """SIGTERM ends a run after a checkpoint with exit code 130; resumed, it gives the uninterrupted losses."""
-    tree = config_tree(tmp_path / "run", models("qwen2"), models("llama", seed=1), train_file)
-    tree["run"]["resume"] = "auto"
-    tree["objective"] = {"type": "sft"}
-    tree["trainer"] |= {"max_steps": 400, "checkpoint_every": 0}
-    config = tmp_path / "config.yaml"
-    config.write_text(yaml.safe_dump(tree))
-    metrics = tmp_path / "run" / "metrics.jsonl"
+@pytest.fixture
+def job(models, train_file, tmp_path):
+    """`job(changes)` is the config file of a long run and the run's folder."""
 
+    def write(changes):
+        tree = config_tree(tmp_path / "run", models("qwen2"), models("llama", seed=1), train_file)
+        tree["run"]["resume"] = "auto"
+        tree["trainer"] |= {"max_steps": 400, "checkpoint_every": 0}
+        for section, values in changes.items():
+            tree[section] = tree.get(section, {}) | values
+        config = tmp_path / "config.yaml"
+        config.write_text(yaml.safe_dump(tree))
+        return config, tmp_path / "run"
+
+    return write
+
+
+def interrupt(config, folder, number, after=5):
+    """Start `gkd train`, send it a signal after some steps; its exit code, its output and the steps it made."""
+    metrics = folder / "metrics.jsonl"
     process = subprocess.Popen([COMMAND, "train", str(config)], stdout=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
-    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= 5):
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) >= after):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode == 130, output
-    stopped = len(read_lines(metrics))
-    assert 5 <= stopped < 400 and (tmp_path / "run" / "checkpoints" / f"step_{stopped}").is_dir()
+    return process.returncode, output, len(read_lines(metrics))
 
-    end = stopped + 5
-    arguments = [COMMAND, "train", str(config), f"trainer.max_steps={end}"]
-    resumed = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert resumed.returncode == 0, resumed.stderr
-    assert f"going on after step {stopped}" in resumed.stdout
-    whole = subprocess.run([*arguments, f"run.output_dir={tmp_path / 'whole'}"], capture_output=True, check=False)
-    assert whole.returncode == 0
+
+def go_on(config, *overrides):
+    done = subprocess.run([COMMAND, "train", str(config), *overrides], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not(job, tmp_path):
+    """SIGTERM in mid-run ends it after a checkpoint with exit code 130; resumed, it gives the uninterrupted losses."""
+    config, folder = job({})
+    code, output, stopped = interrupt(config, folder, signal.SIGTERM)
+    assert code == 130, output
+    assert 5 <= stopped < 400 and (folder / "checkpoints" / f"step_{stopped}").is_dir()
+
+    end = f"trainer.max_steps={stopped + 5}"
+    assert f"going on after step {stopped}" in go_on(config, end)
+    go_on(config, end, f"run.output_dir={tmp_path / 'whole'}")
     losses = [
-        [line["loss/total"] for line in read_lines(folder / "metrics.jsonl")]
-        for folder in (tmp_path / "run", tmp_path / "whole")
+        [line["loss/total"] for line in read_lines(run / "metrics.jsonl")] for run in (folder, tmp_path / "whole")
     ]
-    assert len(losses[0]) == end and losses[0] == losses[1]
-    assert len(read_lines(tmp_path / "run" / "samples.jsonl")) == 8 * end
+    assert len(losses[0]) == stopped + 5 and losses[0] == losses[1]
+    ledgers = [read_lines(run / "samples.jsonl") for run in (folder, tmp_path / "whole")]
+    assert len(ledgers[0]) == 8 * (stopped + 5) and ledgers[0] == ledgers[1]
+    assert "finished before" in go_on(config, end)
 
-    again = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert again.returncode == 0 and "finished before" in again.stdout
+
+def test_a_streaming_run_that_is_interrupted_loses_and_doubles_nothing(job):
+    """Ctrl-C while rollouts are in flight for three steps ahead, with an adapter on two sharded ranks."""
+    config, folder = job(
+        {
+            "sync": {"max_staleness": 2},
+            "student": {"lora": {"r": 4}},
+            "trainer": {"num_ranks": 2, "zero_stage": 2},
+            "rollout": {"samples_per_prompt": 2, "num_actors": 2},
+        }
+    )
+    code, output, stopped = interrupt(config, folder, signal.SIGINT)
+    assert code == 130, output
+    go_on(config, f"trainer.max_steps={stopped + 4}")
+    ledger = read_lines(folder / "samples.jsonl")
+    assert [line["step"] for line in ledger] == [step for step in range(1, stopped + 5) for _ in range(8)]
+    identities = {(line["epoch"], line["prompt_index"], line["sample_index"]) for line in ledger}
+    assert len(identities) == len(ledger)
+    prompts = [(line["epoch"], line["prompt_index"]) for line in ledger[::2]]
+    for epoch in range(max(epoch for epoch, _ in prompts)):  # whole epochs hold each of the 40 prompts once
+        assert sorted(prompt for e, prompt in prompts if e == epoch) == list(range(40))
+    assert all(0 <= line["step"] - 1 - line["versions"][0] <= 2 for line in ledger)
 
 
 def test_eval_measures_a_model_against_its_teacher(models, train_file, tmp_path, ray_cluster):

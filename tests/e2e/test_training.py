@@ -2,19 +2,12 @@
 
 import pytest
 import ray
-import torch
-from tiny import EOS, VOCABULARY, make_tokenizer, save_model
+from engines import generator_settings, greedy_in_transformers, greedy_in_vllm
+from tiny import EOS, VOCABULARY, make_tokenizer
 
-from gkd.interfaces import WeightBuckets
-from gkd.model_loading import load_causal_lm
-from gkd.packing import pack
-from gkd.response_forward import ResponseForward
 from gkd.types import Prompt, SampleId
 from rollout.rollout_actor import RolloutActor, generate
-from rollout.vllm_generator import GeneratorSettings
-from rollout.weights.object_store import ObjectStoreSender
 from trainer.weight_sync import WeightGapError
-from trainer.weights import checkpoint_weights
 
 METRICS = {
     "step",
@@ -32,49 +25,6 @@ METRICS = {
     "time/step_s",
     "source/on_policy",
 }
-
-
-def generator_settings(model, **changes):
-    settings = {
-        "model": str(model),
-        "load_weights": True,
-        "seed": 0,
-        "temperature": 1.0,
-        "top_p": 1.0,
-        "max_new_tokens": 12,
-        "max_model_len": 40,
-        "max_concurrent": 64,
-        "vocabulary": VOCABULARY,
-        "stop_ids": (EOS,),
-        "probe_prompts": ((2, 3),),
-        "on_gpu": False,
-        "kv_cache_gib": 0.1,
-        "gpu_memory_utilization": 0.9,
-        "weight_backend": "object_store",
-    }
-    return GeneratorSettings(**(settings | changes))
-
-
-def greedy_in_vllm(model, prompts):
-    actor = RolloutActor.options(num_cpus=0).remote(generator_settings(model))
-    wanted = [Prompt(id=SampleId(0, i, 0), token_ids=tuple(p)) for i, p in enumerate(prompts)]
-    rollouts = generate(actor, wanted, temperature=0.0, timeout_s=120)
-    ray.kill(actor)
-    return [list(r.response_ids) for r in rollouts]
-
-
-def greedy_in_transformers(model, prompts):
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    answers = []
-    for prompt in prompts:
-        ids = list(prompt)
-        while len(ids) - len(prompt) < 12 and ids[-1] != EOS:
-            # As the engine does: rows of the head beyond the tokenizer are no tokens.
-            ids.append(int(loaded(input_ids=torch.tensor([ids])).logits[0, -1, :VOCABULARY].argmax()))
-        answers.append(ids[len(prompt) :])
-    return answers
 
 
 ARCHITECTURES = [
@@ -186,40 +136,3 @@ def test_rollouts_never_hold_ids_beyond_the_tokenizer(models, ray_cluster):
     for r in together:
         assert (r.response_ids[-1] == EOS) == (r.stop_reason == "stop")
         assert EOS not in r.response_ids[:-1]
-
-
-def test_rollouts_after_a_sync_are_a_fresh_engines(models, tmp_path, ray_cluster):
-    """Prompts that share several cache blocks, weights in many buckets, more than 2,048 prompt tokens in a step.
-
-    The prefix cache outlives a sync: without its salt, rollouts begun after it read keys and values of the old weights.
-    """
-    old = models("qwen2", tied=True, context=320)
-    new = save_model(tmp_path / "new", "qwen2", seed=9, tied=True, context=320)
-    prefix = tuple(2 + i % 16 for i in range(270))
-    prompts = [Prompt(id=SampleId(0, i, 0), token_ids=(*prefix, 2 + i)) for i in range(12)]
-    settings = {"max_model_len": 300, "probe_prompts": (prefix, (3,))}
-
-    fresh = RolloutActor.options(num_cpus=0).remote(generator_settings(new, **settings))
-    expected = [r.response_ids for r in generate(fresh, prompts, temperature=0.0, timeout_s=120)]
-    ray.kill(fresh)
-
-    actor = RolloutActor.options(num_cpus=0).remote(generator_settings(old, **settings))
-    before = [r.response_ids for r in generate(actor, prompts, temperature=0.0, timeout_s=120)]
-    ray.get(actor.probe.remote())  # so that its prefix is cached as well
-    weights, tied = checkpoint_weights(load_causal_lm(new, dtype="float32", init="pretrained"))
-    buckets = list(ObjectStoreSender(bucket_bytes=20_000).send(weights, tied))
-    assert len(buckets) > 4
-    update = WeightBuckets(version=1, updates=[ray.put(bucket) for bucket in buckets], num_bytes=0)
-    ray.get(actor.update_weights.remote(update))
-    after = generate(actor, prompts, temperature=0.0, timeout_s=120)
-    probe = ray.get(actor.probe.remote())
-    ray.kill(actor)
-    assert [r.response_ids for r in after] == expected != before
-    assert {r.versions for r in after} == {(1, 1)}
-    # Greedy tokens can agree by luck; the log-probabilities of the long probe cannot.
-    trained = load_causal_lm(new, dtype="float32", init="pretrained")
-    forward = ResponseForward(trained)
-    packed = pack([r.prompt_ids for r in probe], [r.response_ids for r in probe], share_rows=False)
-    own = forward(packed).log_softmax(-1).gather(-1, packed.response_ids_T.unsqueeze(-1)).squeeze(-1)
-    served = torch.tensor([value for r in probe for value in r.logprobs])
-    torch.testing.assert_close(served, own.detach(), rtol=0, atol=1e-4)

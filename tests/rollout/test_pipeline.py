@@ -2,14 +2,18 @@
 
 import random
 import threading
+import time
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gkd.interfaces import ScoredGroup
-from gkd.types import Rollout
+from gkd.types import Completion, Rollout
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
-from rollout.prompts import PromptStream, TokenizedRecord
+from rollout.prompts import PromptStream
+from rollout.tokenized import TokenizedRecord
 
 
 class FakeRollouts:
@@ -31,6 +35,9 @@ class FakeRollouts:
             self.waiting += [(prompt, self.version) for prompt in prompts]
             self.lock.notify()
 
+    def idle_s(self):
+        return 0.0
+
     def run(self):
         while True:
             with self.lock:
@@ -38,13 +45,15 @@ class FakeRollouts:
                 if self.stopped:
                     return
                 prompt, version = self.waiting.pop(self.random.randrange(len(self.waiting)))
+            if self.random.random() < 0.1:
+                time.sleep(0.002 * self.random.random())
             rollout = Rollout(
                 id=prompt.id,
                 prompt_ids=prompt.token_ids,
                 response_ids=(5,) * (1 + prompt.id.prompt_index % 3),
                 stop_reason="stop",
                 source="student",
-                versions=(version, version),
+                versions=(version, self.version),
             )
             self.post(lambda rollout=rollout: self.deliver(rollout))
 
@@ -58,6 +67,9 @@ class FakeTeachers:
     def connect(self, post, deliver):
         self.post, self.deliver = post, deliver
 
+    def idle_s(self):
+        return 0.0
+
     def submit(self, key, rollouts):
         self.groups.append((key, tuple(r.id for r in rollouts)))
         scored = ScoredGroup(signals=[r.id for r in rollouts], seconds=0.5, num_bytes=8)
@@ -65,7 +77,8 @@ class FakeTeachers:
 
 
 def mixer(fraction):
-    records = [TokenizedRecord(i, (2,) * (1 + i % 4), (5, 1)) for i in range(23)]
+    prompts = [(2,) * (1 + i % 4) for i in range(23)]
+    records = [TokenizedRecord(i, p, Completion(prompt_ids=p, response_ids=(5, 1))) for i, p in enumerate(prompts)]
     return Mixer(
         PromptStream(records, seed=0, samples_per_prompt=1),
         seed=0,
@@ -78,8 +91,9 @@ def mixer(fraction):
     )
 
 
-def run(fraction, max_staleness, seed, steps=12):
-    rollouts, teachers = FakeRollouts(seed), FakeTeachers()
+def run(fraction, max_staleness, seed, steps=12, every_steps=1):
+    """Batches of a run whose engines, teachers and trainer take random times."""
+    rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
     pipeline = Pipeline(
         mixer(fraction), rollouts, teachers, first_step=1, last_step=steps, max_staleness=max_staleness, timeout_s=20
     )
@@ -88,19 +102,27 @@ def run(fraction, max_staleness, seed, steps=12):
         pipeline.release(0)
         for step in range(1, steps + 1):
             batches.append(pipeline.take())
-            rollouts.version = step
-            pipeline.release(step)
+            time.sleep(0.003 * trainer.random())
+            if step % every_steps == 0:
+                rollouts.version = step
+                pipeline.release(step)
     rollouts.stopped = True
     with rollouts.lock:
         rollouts.lock.notify()
     return batches, teachers
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("max_staleness", [0, 2])
-@pytest.mark.parametrize("seed", range(4))
-def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, max_staleness, seed):
-    batches, _ = run(fraction, max_staleness, seed)
+@settings(max_examples=60, deadline=None)
+@given(
+    fraction=st.sampled_from([0.0, 0.5, 1.0]),
+    max_staleness=st.integers(0, 4),
+    seed=st.integers(0, 2**20),
+    data=st.data(),
+)
+def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, max_staleness, seed, data):
+    """The bound holds whatever the timing, because it is kept where prompts are sent out."""
+    every_steps = data.draw(st.integers(1, max_staleness + 1))
+    batches, _ = run(fraction, max_staleness, seed, every_steps=every_steps)
     assert [batch.step for batch in batches] == list(range(1, 13))
     identities = [rollout.id for batch in batches for rollout in batch.rollouts]
     assert len(set(identities)) == len(identities) == 12 * 6
@@ -111,6 +133,29 @@ def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, ma
         for rollout in batch.rollouts:
             if rollout.versions:
                 assert 0 <= batch.step - 1 - rollout.versions[0] <= max_staleness
+                assert rollout.versions[0] <= rollout.versions[1] < batch.step
+
+
+def test_generation_runs_ahead_by_the_bound_and_no_further():
+    """With a trainer that never finishes a step, exactly the steps within the window are generated."""
+    rollouts, teachers = FakeRollouts(0), FakeTeachers()
+    pipeline = Pipeline(mixer(1.0), rollouts, teachers, first_step=1, last_step=9, max_staleness=2, timeout_s=20)
+    with pipeline:
+        pipeline.release(0)
+        assert [pipeline.take().step for _ in range(3)] == [1, 2, 3]
+        time.sleep(0.1)
+        assert {key[0] for key, _ in teachers.groups} == {1, 2, 3}
+        pipeline.release(1)
+        assert pipeline.take().step == 4
+
+
+def test_an_error_outside_reaches_whoever_waits():
+    pipeline = Pipeline(
+        mixer(1.0), FakeRollouts(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=9
+    )
+    with pipeline, pytest.raises(OSError, match="the push failed"):
+        pipeline.fail(OSError("the push failed"))
+        pipeline.take()
 
 
 def test_groups_depend_on_identity_and_not_on_arrival():

@@ -7,6 +7,7 @@ from gkd.config.objective import DistillObjective, SftObjective
 from gkd.signals import FullLogits
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.deepspeed_engine import EngineSettings
+from trainer.share import share_out
 from trainer.student import StudentSettings
 
 PACKING_LENGTHS = [(1, 5), (4, 1), (7, 9), (2, 3), (3, 12), (5, 2), (9, 4), (1, 1)]
@@ -40,25 +41,36 @@ def distill(**divergence):
     return DistillObjective.model_validate({"type": "distill", "divergence": divergence or {"type": "forward_kl"}})
 
 
-def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows=VOCABULARY, **changes):
+def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows=VOCABULARY, engine=None, **changes):
     """Settings of a student that trains as plainly as possible."""
+    engine_settings = {"zero_stage": zero_stage, "grad_clip": grad_clip, "weight_decay": 0.01, "betas": (0.9, 0.95)}
     settings = {
         "model": model,
         "init": "pretrained",
         "seed": 0,
         "dropout": False,
+        "lora": None,
+        "gradient_checkpointing": False,
         "rows": rows,
         "objective": objective or distill(),
-        "tokens_per_micro_batch": 4096,
+        "base_is_teacher": False,
         "learning_rate": 1e-2,
         "lr_schedule": "constant",
         "warmup_steps": 0,
         "max_steps": 100,
-        "engine": EngineSettings(zero_stage=zero_stage, grad_clip=grad_clip, weight_decay=0.01, betas=(0.9, 0.95)),
+        "engine": EngineSettings(**(engine_settings | (engine or {}))),
         "sender": "rollout.weights.object_store:ObjectStoreSender",
         "sender_kwargs": {"bucket_bytes": 20_000},
+        "bucket_bytes": 20_000,
     }
     return StudentSettings(**(settings | changes))
+
+
+def step(student, number, batch, *, tokens_per_micro_batch=4096, reduction="token_mean"):
+    """An optimizer step of a student that is the only rank."""
+    rollouts = [sample.rollout for sample in batch]
+    (share,) = share_out(rollouts, num_ranks=1, tokens_per_micro_batch=tokens_per_micro_batch, reduction=reduction)
+    return student.step(number, batch, share)
 
 
 def sft():

@@ -22,6 +22,22 @@ def make_tokenizer(*, extra: str = ""):
     return PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>")
 
 
+IM_END, IM_START = 29, 30
+"""Ids of the chat tokenizer's marks; <|im_end|> is its stop token."""
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def make_chat_tokenizer(*, template: str | None = CHAT_TEMPLATE):
+    """Knows all lower-case letters, the line break and ChatML's marks: 31 tokens."""
+    tokenizer = make_tokenizer(extra="qrstuvwxyz\n")
+    tokenizer.add_special_tokens({"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
 def make_config(architecture: str, *, rows: int = VOCABULARY, tied: bool | None = None, context: int = 96):
     """A config of two layers, width 64, heads of width 32; `tied` None is the architecture's own habit."""
     from transformers import (

@@ -6,12 +6,12 @@ import math
 
 import pytest
 
-from gkd.interfaces import WeightBuckets
 from gkd.types import Rollout, SampleId
 from trainer import checkpoint
+from trainer.best import Best
 from trainer.records import Records
 from trainer.schedule import learning_rate
-from trainer.weight_sync import NoSync, WeightGapError, WeightSync
+from trainer.weight_sync import BackgroundPush, EvaluationSync, NoSync, WeightGapError, WeightSync, stop_the_run
 
 
 def save(folder):
@@ -110,8 +110,11 @@ class FakeTrainer:
     def __init__(self, logprobs):
         self.answer = logprobs
 
-    def publish(self, version):
-        return WeightBuckets(version=version, updates=("bucket",), num_bytes=12)
+    def publish(self):
+        yield "bucket"
+
+    def sent_bytes(self):
+        return 12
 
     def logprobs(self, rollouts):
         return self.answer
@@ -121,25 +124,81 @@ class FakeEngines:
     def __init__(self):
         self.received = []
 
-    def update_weights(self, weights):
-        self.received.append(weights.version)
+    def update_weights(self, version, messages):
+        assert list(messages) == ["bucket"]
+        self.received.append(version)
 
     def probe(self):
         probe = rollout(0, length=2)
         return [Rollout(**{f: getattr(probe, f) for f in probe.__slots__} | {"logprobs": (-1.0, -2.0)})]
 
 
+def sync(logprobs, engines, *, max_gap=1e-3, due=lambda step: True, on_gap=stop_the_run):
+    return WeightSync(FakeTrainer(logprobs), engines, due=due, max_gap=max_gap, on_gap=on_gap)
+
+
 def test_the_sync_measures_the_gap_and_stops_a_wrong_engine():
-    engines = FakeEngines()
-    report = WeightSync(FakeTrainer([[-1.0, -2.0005]]), engines, max_gap=1e-3).push(version=4)
+    engines, served = FakeEngines(), []
+    report = sync([[-1.0, -2.0005]], engines).push(4, served.append)
     assert report.logprob_gap_max == pytest.approx(5e-4)
-    assert (report.version, report.num_bytes, engines.received) == (4, 12, [4])
+    assert (report.version, report.num_bytes, engines.received, served) == (4, 12, [4], [4])
     for wrong in (-2.5, math.nan):
         with pytest.raises(WeightGapError, match="version 5"):
-            WeightSync(FakeTrainer([[-1.0, wrong]]), engines, max_gap=1e-3).push(version=5)
-    assert WeightSync(FakeTrainer([[-1.0, -2.5]]), engines, max_gap=None).push(version=5).logprob_gap_max == 0.5
+            sync([[-1.0, wrong]], engines).push(5, served.append)
+    assert sync([[-1.0, -2.5]], engines, max_gap=None).push(5, served.append).logprob_gap_max == 0.5
+    warnings = []
+    assert sync([[-1.0, -2.5]], engines, on_gap=warnings.append).push(5, served.append).logprob_gap_max == 0.5
+    assert len(warnings) == 1 and "0.5 nats" in warnings[0]
+
+
+def test_a_sync_that_is_not_due_leaves_the_engines_and_the_window_alone():
+    engines, served = FakeEngines(), []
+    every_other = sync([[-1.0, -2.0]], engines, due=lambda step: step % 2 == 0)
+    reports = [every_other.push(version, served.append) for version in (3, 4, 5, 6)]  # the first is always due
+    assert engines.received == served == [3, 4, 6]
+    assert [report.version for report in reports] == [3, 4, 4, 6]
+    assert reports[2].logprob_gap_max is None and reports[2].num_bytes == 0
+
+
+def test_engines_that_only_evaluate_hold_nothing_up():
+    engines, served = FakeEngines(), []
+    evaluated = EvaluationSync(sync([[-1.0, -2.0]], engines, due=lambda step: step % 2 == 0))
+    assert [evaluated.push(version, served.append).version for version in range(5)] == list(range(5))
+    assert served == list(range(5)) and engines.received == [0, 2, 4]
+
+
+def test_a_push_that_fails_in_the_background_tells_whoever_waits():
+    failed = []
+
+    class Broken:
+        def push(self, version, served):
+            raise OSError("no connection")
+
+    with (
+        pytest.raises(OSError, match="no connection"),
+        BackgroundPush(Broken(), 1, served=failed.append, failed=failed.append) as push,
+    ):
+        push._thread.join()
+    assert [type(error) for error in failed] == [OSError]
 
 
 def test_without_an_engine_the_gap_is_null():
-    report = NoSync().push(version=3)
-    assert (report.version, report.logprob_gap_max, report.num_bytes) == (3, None, 0)
+    served = []
+    report = NoSync().push(3, served.append)
+    assert (report.version, report.logprob_gap_max, report.num_bytes, served) == (3, None, 0, [3])
+
+
+def test_the_best_checkpoint_stays(tmp_path):
+    best = Best("divergence")
+    values = {2: 0.5, 4: 0.2, 6: 0.3, 8: 0.2, 10: 0.25}
+    for step, value in values.items():
+        assert best.update(step, {"eval/divergence": value}) == (step in (2, 4))  # a tie is no improvement
+        checkpoint.write(tmp_path, step, {}, save, keep_last=2, keep_step=best.step)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_10", "step_4", "step_8"]
+    assert not best.update(11, {"loss/total": 0.1})  # a step that was not evaluated
+    resumed = Best.resumed("divergence", best.state())
+    assert not resumed.update(12, {"eval/divergence": 0.21}) and resumed.update(14, {"eval/divergence": 0.1})
+    assert Best.resumed("exact_match", best.state()).step is None  # another metric starts anew
+    rising = Best("exact_match")
+    assert rising.update(1, {"eval/exact_match": 0.1}) and not rising.update(2, {"eval/exact_match": 0.05})
+    assert rising.update(3, {"eval/exact_match": 0.2}) and not Best(None).update(1, {"eval/exact_match": 1.0})

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from batches import PACKING_LENGTHS, distill, scored_batch, sft, student_settings
+from batches import PACKING_LENGTHS, distill, scored_batch, sft, step, student_settings
 from naive import forward_kl
 from tiny import EOS, save_model
 
@@ -52,7 +52,7 @@ BATCHES = [scored_batch(seed=seed, rows=18) for seed in range(3)]
 def test_steps_equal_plain_torch(model, zero_stage, reduction):
     objective = distill().model_copy(update={"reduction": reduction})
     student = Student(student_settings(model, zero_stage=zero_stage, grad_clip=0.5, rows=18, objective=objective))
-    losses = [student.step(i + 1, batch).loss for i, batch in enumerate(BATCHES)]
+    losses = [step(student, i + 1, batch, reduction=reduction).loss for i, batch in enumerate(BATCHES)]
     expected, plain = plain_losses(model, BATCHES, rows=18, grad_clip=0.5, reduction=reduction)
     assert losses == pytest.approx(expected, rel=1e-4)
     for name, parameter in student._model.named_parameters():
@@ -65,8 +65,8 @@ def test_steps_equal_plain_torch(model, zero_stage, reduction):
 def test_micro_batches_change_losses_by_rounding_only(model, zero_stage):
     runs = []
     for tokens in (4096, 40, 1):
-        student = Student(student_settings(model, zero_stage=zero_stage, tokens_per_micro_batch=tokens, rows=18))
-        reports = [student.step(i + 1, batch) for i, batch in enumerate(BATCHES)]
+        student = Student(student_settings(model, zero_stage=zero_stage, rows=18))
+        reports = [step(student, i + 1, batch, tokens_per_micro_batch=tokens) for i, batch in enumerate(BATCHES)]
         runs.append(reports)
     assert [report.num_micro_batches for report in runs[0]] == [1, 1, 1]
     assert runs[1][0].num_micro_batches > 2
@@ -89,7 +89,7 @@ def test_every_response_token_counts_and_no_prompt_token(model):
     student = Student(student_settings(model, rows=18))
     student._step._objective = recording
     batch = scored_batch(rows=18)
-    report = student.step(1, batch)
+    report = step(student, 1, batch)
     assert report.num_tokens == sum(response for _, response in PACKING_LENGTHS)
     counted = [token for inputs in seen for token in inputs.response_ids_T.tolist()]
     assert sorted(counted) == sorted(token for s in batch for token in s.rollout.response_ids)
@@ -101,7 +101,7 @@ def test_sft_is_the_negative_log_likelihood_of_the_response(model):
     from transformers import AutoModelForCausalLM
 
     batch = [s.__class__(rollout=s.rollout, signal=None) for s in scored_batch()]
-    loss = Student(student_settings(model, objective=sft(), rows=24)).step(1, batch).loss
+    loss = step(Student(student_settings(model, objective=sft(), rows=24)), 1, batch).loss
     plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     total, count = 0.0, 0
     for sample in batch:
@@ -115,7 +115,7 @@ def test_sft_is_the_negative_log_likelihood_of_the_response(model):
 @pytest.mark.parametrize("zero_stage", [0, 2])
 def test_a_saved_student_goes_on_bit_for_bit(model, zero_stage, tmp_path):
     def losses(student, numbers):
-        return [student.step(number, BATCHES[number - 1]).loss for number in numbers]
+        return [step(student, number, BATCHES[number - 1]).loss for number in numbers]
 
     whole = losses(Student(student_settings(model, zero_stage=zero_stage, rows=18)), (1, 2, 3))
     first = Student(student_settings(model, zero_stage=zero_stage, rows=18))
@@ -129,7 +129,7 @@ def test_a_saved_student_goes_on_bit_for_bit(model, zero_stage, tmp_path):
 def test_bfloat16_teacher_logits_are_raised_before_the_loss(model):
     batch = scored_batch(rows=18, dtype=torch.bfloat16)
     assert batch[0].signal.tensor().dtype == torch.bfloat16
-    loss = Student(student_settings(model, rows=18)).step(1, batch).loss
+    loss = step(Student(student_settings(model, rows=18)), 1, batch).loss
     expected, _ = plain_losses(model, [batch], rows=18, grad_clip=1.0)
     assert loss == pytest.approx(expected[0], rel=1e-5)
 
@@ -138,7 +138,7 @@ def test_dropout_acts_only_where_asked_for(tmp_path):
     path = save_model(tmp_path / "gpt2", "gpt2")
     plain, dropped = (Student(student_settings(path, dropout=dropout)) for dropout in (False, True))
     rollouts = [s.rollout for s in scored_batch()]
-    assert abs(plain.step(1, scored_batch()).loss - dropped.step(1, scored_batch()).loss) > 1e-4
+    assert abs(step(plain, 1, scored_batch()).loss - step(dropped, 1, scored_batch()).loss) > 1e-4
     # After a step with dropout, as before: never where log-probabilities are compared.
     assert dropped.logprobs(rollouts) == dropped.logprobs(rollouts)
 
@@ -149,5 +149,5 @@ def test_a_loss_that_is_no_number_changes_nothing(model):
     batch = scored_batch(rows=18)
     batch[3].signal.logits_TV[0, 0] = float("nan")
     with pytest.raises(TrainingDiverged, match="learning_rate"):
-        student.step(1, batch)
+        step(student, 1, batch)
     assert all(torch.equal(p, before[name]) for name, p in student._model.named_parameters())

@@ -3,7 +3,7 @@ import torch
 from tiny import make_model, save_model
 
 from rollout.weights.object_store import ObjectStoreSender, named_for_engine
-from trainer.weights import checkpoint_weights
+from trainer.weights import checkpoint_weights, tied_names
 
 
 @pytest.mark.parametrize("architecture", ["qwen2", "llama", "gpt2", "opt", "phi", "gemma2"])
@@ -12,7 +12,7 @@ def test_the_weights_are_what_a_checkpoint_holds(architecture, tied, tmp_path):
     from safetensors.torch import load_file
 
     model = make_model(architecture, tied=tied)
-    weights, aliases = checkpoint_weights(model)
+    weights, aliases = list(checkpoint_weights(model, bucket_bytes=10_000)), tied_names(model)
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert {name for name, _ in weights} == saved.keys()
@@ -39,7 +39,7 @@ def test_fused_experts_travel_under_their_checkpoint_names(tmp_path):
         num_experts_per_tok=2,
     )
     model = AutoModelForCausalLM.from_config(config)
-    weights, _ = checkpoint_weights(model)
+    weights = list(checkpoint_weights(model, bucket_bytes=10_000))
     model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "model.safetensors")
     assert {name for name, _ in weights} == saved.keys()
@@ -58,7 +58,8 @@ def test_buckets_carry_every_bit(bucket_bytes):
         ("scalar", torch.tensor(2.5)),
         ("transposed", torch.randn(4, 6).T),
     ]
-    buckets = list(ObjectStoreSender(bucket_bytes=bucket_bytes).send(iter(tensors), {"alias": "c"}))
+    messages = ObjectStoreSender(bucket_bytes=bucket_bytes).send(iter(tensors), {"alias": "c"})
+    buckets = [message["bucket"] for message in messages]
     assert len(buckets) == {1: 5, 5_000: 3, 10**9: 1}[bucket_bytes]
     received = [pair for bucket in buckets for pair in bucket.tensors()]
     assert [name for name, _ in received] == [name for name, _ in tensors]
@@ -68,8 +69,9 @@ def test_buckets_carry_every_bit(bucket_bytes):
 
 
 def test_a_tied_head_is_sent_only_to_engines_that_hold_one(tmp_path):
-    weights, tied = checkpoint_weights(make_model("qwen2", tied=True))
-    (bucket,) = ObjectStoreSender(bucket_bytes=10**9).send(weights, tied)
+    model = make_model("qwen2", tied=True)
+    (message,) = ObjectStoreSender(bucket_bytes=10**9).send(checkpoint_weights(model), tied_names(model))
+    bucket = message["bucket"]
     holds_head = torch.nn.ModuleDict({"model": torch.nn.Linear(1, 1), "lm_head": torch.nn.Linear(1, 1)})
     has_none = torch.nn.ModuleDict({"model": torch.nn.Linear(1, 1)})
     with_head, without = (dict(named_for_engine(bucket, engine)) for engine in (holds_head, has_none))

@@ -1,0 +1,175 @@
+"""From the data that the config names to token ids that every model of the run knows."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+from gkd.config import Config
+from gkd.config.data import DataSource
+from gkd.errors import UserError
+from launch.models import ModelFacts
+from rollout.records import Record, read_records
+from rollout.tokenized import Encoder, Limits, TokenizedData, TokenizedRecord, tokenize
+
+
+def read_training(config: Config) -> list[Record]:
+    """The training records of all sources, in their order.
+
+    Raises:
+        UserError: for the first thing that cannot be used.
+    """
+    return _read(config.data.train, "data.train", need_completions=config.needs_completions)
+
+
+def read_held_out(config: Config) -> list[Record]:
+    """The held-out records of all sources, in their order; none where the config names none.
+
+    Raises:
+        UserError: for the first thing that cannot be used.
+    """
+    return _read(config.data.eval, "data.eval", need_completions=False)
+
+
+def _read(sources: Sequence[DataSource], section: str, *, need_completions: bool) -> list[Record]:
+    return [
+        record
+        for number, source in enumerate(sources)
+        for record in read_records(
+            source, number=number, field=path_field(section, number, sources), need_completions=need_completions
+        )
+    ]
+
+
+def path_field(section: str, number: int, sources: Sequence[DataSource]) -> str:
+    """The config field that names a source: `data.train.path`, or with its number where there are several."""
+    return f"{section}.{number}.path" if len(sources) > 1 else f"{section}.path"
+
+
+def tokenize_training(
+    config: Config, records: Sequence[Record], student: ModelFacts, teacher: ModelFacts | None
+) -> TokenizedData:
+    """The training records as token ids.
+
+    Raises:
+        UserError: if a record cannot be encoded, or nothing of a source that is needed fits.
+    """
+    data = tokenize(
+        records,
+        _encoder(config, student),
+        limits=_limits(config, student, teacher, room=config.rollout.max_new_tokens if config.needs_rollouts else 1),
+        student_prompts=config.needs_rollouts,
+        completions=config.needs_completions,
+    )
+    missing = set(range(len(config.data.train))) - {record.source for record in data.records}
+    if config.data.weights is not None and missing:
+        number = min(missing)
+        raise UserError(
+            path_field("data.train", number, config.data.train),
+            config.data.train[number].path,
+            "has a weight and no record that fits.",
+            "Raise data.max_prompt_tokens, set data.overlong: truncate, or remove the source.",
+        )
+    return data
+
+
+def tokenize_held_out(
+    config: Config, records: Sequence[Record], student: ModelFacts, teacher: ModelFacts | None
+) -> TokenizedData:
+    """The held-out prompts that evaluation uses, as token ids; their right answers are compared as text.
+
+    Raises:
+        UserError: if a record cannot be encoded, or nothing fits.
+    """
+    return tokenize(
+        records[: config.eval.limit],
+        _encoder(config, student),
+        limits=_limits(config, student, teacher, room=config.rollout.max_new_tokens),
+        student_prompts=True,
+        completions=False,
+    )
+
+
+def _encoder(config: Config, student: ModelFacts) -> Encoder:
+    return Encoder(
+        student.tokenizer,
+        stop_ids=student.stop_ids,
+        chat_template_kwargs=config.data.chat_template_kwargs,
+        model_field="student.model",
+    )
+
+
+def _limits(config: Config, student: ModelFacts, teacher: ModelFacts | None, *, room: int) -> Limits:
+    """What fits the models' context beside `room` response tokens."""
+    context = min(model.context for model in (student, teacher) if model is not None)
+    longest = context - room
+    if longest < 1:
+        raise UserError(
+            "rollout.max_new_tokens",
+            config.rollout.max_new_tokens,
+            f"leaves no room for a prompt in a context of {context} tokens.",
+            f"Set it below {context}.",
+        )
+    limit = config.data.max_prompt_tokens
+    if limit is not None and limit > longest:
+        raise UserError(
+            "data.max_prompt_tokens",
+            limit,
+            f"does not fit beside {room} response tokens in a context of {context} tokens.",
+            f"Set it to at most {longest}.",
+        )
+    return Limits(
+        max_prompt_tokens=limit or longest,
+        max_tokens=context,
+        overlong=config.data.overlong,
+        field="data.max_prompt_tokens",
+    )
+
+
+def check_ids(
+    config: Config,
+    data: TokenizedData,
+    student: ModelFacts,
+    teacher: ModelFacts | None,
+    num_tokens: int,
+    *,
+    section: Literal["train", "eval"],
+) -> None:
+    """Every token that will be read, sampled or scored is one that both models know.
+
+    `section` says which of the config's data they are of.
+
+    Raises:
+        UserError: for the largest one that is not.
+    """
+    known = min(num_tokens, student.head_rows, teacher.head_rows if teacher else num_tokens)
+    largest, source = max((_largest_id(record), record.source) for record in data.records)
+    if largest >= known:
+        raise UserError(
+            path_field(f"data.{section}", source, config.data.train if section == "train" else config.data.eval),
+            f"token {student.tokenizer.convert_ids_to_tokens(largest)!r} (id {largest})",
+            f"is beyond the {known} tokens that all models know.",
+            "Use models of one family, or leave the token out of the data.",
+        )
+    unknown = sorted(i for i in student.stop_ids if i >= known)
+    if teacher is not None and unknown:
+        raise UserError(
+            "teacher.model",
+            teacher.path,
+            f"does not know the student's stop token {student.tokenizer.convert_ids_to_tokens(unknown[0])!r}: rollouts "
+            "could never end, and their ends could not be scored.",
+            "Give the student a stop token that both have.",
+        )
+
+
+def _largest_id(record: TokenizedRecord) -> int:
+    responses = (record.completion.response_ids,) if record.completion else ()
+    return max(max(ids) for ids in (*record.prompts, *responses))
+
+
+def overlong_warning(config: Config, data: TokenizedData) -> str | None:
+    """What became of the overlong records; None where there are none."""
+    if not data.num_overlong:
+        return None
+    found = f"{data.num_overlong} of {len(data.records) + data.num_dropped} records are too long"
+    if config.data.overlong == "drop":
+        return f"{found} and are left out (data.overlong: drop)"
+    return f"{found}: {data.num_truncated} are cut, {data.num_dropped} are left out (data.overlong: truncate)"

@@ -1,0 +1,235 @@
+"""How much memory each worker will need: an estimate from shapes, made before anything is loaded.
+
+It says what will not fit by a wide margin and which part to make smaller; allocators, kernels and communication buffers
+add to it. Legend: P parameters, n of them trained (all, or the adapter's), w bytes of a number in the worker's
+precision, R ranks, T response tokens, V vocabulary rows.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+
+from gkd.config import Config
+from gkd.config.objective import ForwardKl, ReverseKl, SftObjective
+from launch.architecture import Architecture
+
+GIB = 2**30
+_BYTES = {"float32": 4, "bfloat16": 2}
+_LIBRARIES = int(0.7 * GIB)
+"""What a process holds with torch, Ray and an engine's code loaded (measured: 2.9 GiB for a driver and 3 workers)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """What the estimate is made from, beside the config."""
+
+    student: Architecture
+    """The student."""
+    teacher: Architecture | None
+    """The teacher, where it is a model of its own."""
+    adapter: int
+    """Parameters of the LoRA adapter; 0 where all weights are trained."""
+    rows: int
+    """V: vocabulary rows in the loss."""
+    longest_prompt: int
+    """In tokens."""
+    longest_response: int
+    """In tokens, sampled or from the data."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Need:
+    """The memory of one kind of worker."""
+
+    worker: str
+    """`trainer`, `rollout`, `teacher`, or `object store`: host memory that all of them share."""
+    num: int
+    """How many there are."""
+    parts: dict[str, int]
+    """What for -> bytes, of each one."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of each one."""
+        return sum(self.parts.values())
+
+
+def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
+    """The memory of every worker of a run: of its GPU where there are GPUs, else of the host.
+
+    Args:
+        config: the run's.
+        sizes: of its models and data.
+        on_gpu: whether workers run on GPUs.
+    """
+    needs = [Need(worker="trainer", num=config.trainer.num_ranks, parts=_trainer(config, sizes, on_gpu=on_gpu))]
+    if config.needs_engine:
+        parts = _rollout(config, sizes, on_gpu=on_gpu)
+        needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
+    if config.needs_teacher_workers and config.teacher is not None and sizes.teacher is not None:
+        needs.append(Need(worker="teacher", num=config.teacher.num_actors, parts=_teacher(config, sizes)))
+    if not on_gpu:
+        needs = [Need(worker=n.worker, num=n.num, parts=n.parts | {"libraries": _LIBRARIES}) for n in needs]
+    shared = _object_store(config, sizes, on_gpu=on_gpu)
+    return [*needs, Need(worker="object store", num=1, parts=shared)] if sum(shared.values()) else needs
+
+
+def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """One rank.
+
+    - weights: P w, over R with ZeRO 3; an adapter comes on top
+    - gradients: n w, over R with ZeRO 2 and 3
+    - optimizer: 8 n for AdamW's two moments, over R with ZeRO 1-3
+    - master weights: 4 n, over R likewise. ZeRO keeps them even where the weights are float32 already
+    - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
+    - logits: 4 T V times the number of such tensors that the objective holds at once
+    - weight buckets: one gathered and one packed
+    """
+    trainer, student = config.trainer, sizes.student
+    width, ranks = _BYTES[trainer.dtype], trainer.num_ranks
+    trained = sizes.adapter or student.num_parameters
+    sharded = {stage: ranks if trainer.zero_stage >= stage else 1 for stage in (1, 2, 3)}
+    positions, responses = _micro_batch(config, sizes)
+    per_layer = _activations(student, positions, width)
+    parts = {
+        "weights": (student.num_parameters + sizes.adapter) * width // sharded[3],
+        "gradients": trained * width // sharded[2],
+    }
+    state = {"optimizer": 8 * trained // sharded[1]}
+    if trainer.zero_stage >= 1 or trainer.dtype != "float32":
+        state["master weights"] = 4 * trained // sharded[1]
+    if on_gpu and trainer.offload == "all":
+        del parts["weights"]
+    if not on_gpu or trainer.offload == "none":
+        parts |= state
+    if trainer.gradient_checkpointing:
+        parts["activations"] = student.num_layers * positions * student.hidden_size * width + per_layer
+    else:
+        parts["activations"] = student.num_layers * per_layer
+    parts["logits"] = 4 * responses * sizes.rows * _logit_tensors(config)
+    if config.needs_engine:
+        largest = (sizes.adapter and width) or student.largest_parameter * width
+        parts["weight buckets"] = 2 * max(int(config.sync.bucket_mib * 2**20), largest)
+    return parts
+
+
+def _micro_batch(config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Positions and response tokens of a rank's largest micro-batch."""
+    longest = sizes.longest_prompt + sizes.longest_response
+    sequences = ceil(config.trainer.batch_size / config.trainer.num_ranks)
+    positions = max(longest, min(config.trainer.tokens_per_micro_batch, sequences * longest))
+    return positions, min(positions, sequences * sizes.longest_response)
+
+
+def _activations(model: Architecture, positions: int, width: int) -> int:
+    """What one layer keeps for the backward pass: 16 numbers per hidden unit and 4 per feed-forward unit of a token.
+
+    Measured in transformers for Llama, Qwen3 and GPT-2, to within two fifths. Attention that stores its scores needs
+    more.
+    """
+    return positions * (16 * model.hidden_size + 4 * model.intermediate_size) * width
+
+
+def _logit_tensors(config: Config) -> int:
+    """Float32 [T, V] tensors at the peak of objective and backward pass, both models' logits included; measured."""
+    if isinstance(config.objective, SftObjective):
+        return 5
+    divergence = getattr(config.objective, "divergence", None)
+    return 10 if isinstance(divergence, ForwardKl | ReverseKl) else 15
+
+
+def _rollout(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """One GPU of an engine, or one engine on a CPU host.
+
+    - weights: P w, over the GPUs of the engine
+    - key-value cache: on a CPU host as configured. On a GPU, where the engine takes `gpu_memory_utilization` in any
+      case, what its share of the prompts in flight needs at full length
+    """
+    width, gpus = _BYTES[config.trainer.dtype], config.rollout.tensor_parallel_size
+    weights = (sizes.student.num_parameters + sizes.adapter) * width // gpus
+    if not on_gpu:
+        return {"weights": weights, "key-value cache": int(config.rollout.kv_cache_gib * GIB)}
+    in_flight = config.trainer.batch_size * (1 + config.sync.max_staleness)
+    sequences = min(config.rollout.max_concurrent, ceil(in_flight / config.rollout.num_actors))
+    tokens = sequences * (sizes.longest_prompt + sizes.longest_response)
+    return {
+        "weights": weights,
+        "key-value cache": tokens * sizes.student.cache_numbers_per_token * width // gpus,
+    }
+
+
+def _teacher(config: Config, sizes: Sizes) -> dict[str, int]:
+    """One teacher.
+
+    - weights: P w
+    - activations: `_activations` of one layer, since nothing is kept for a backward pass
+    - logits: w T V, twice: as computed and as sent
+    """
+    assert config.teacher is not None and sizes.teacher is not None
+    width = _BYTES[config.teacher.dtype]
+    positions, responses = _scoring_batch(config, sizes)
+    return {
+        "weights": sizes.teacher.num_parameters * width,
+        "activations": _activations(sizes.teacher, positions, width),
+        "logits": 2 * responses * sizes.rows * width,
+    }
+
+
+def _scoring_batch(config: Config, sizes: Sizes) -> tuple[int, int]:
+    """Positions and response tokens of a teacher's largest batch."""
+    assert config.teacher is not None
+    longest = sizes.longest_prompt + sizes.longest_response
+    sequences = min(config.teacher.sequences_per_batch, config.trainer.batch_size)
+    positions = max(longest, min(config.teacher.tokens_per_batch, sequences * longest))
+    return positions, min(positions, sequences * sizes.longest_response)
+
+
+def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """Host memory that is nobody's own.
+
+    - weights on their way: one version, P w or the adapter, unless they go from GPU to GPU
+    - teacher signals: w T V for every batch in the window, which is 1 + max_staleness
+    - offloaded: what the trainer's ranks keep in host memory
+    """
+    parts: dict[str, int] = {}
+    trainer, width = config.trainer, _BYTES[config.trainer.dtype]
+    trained = sizes.adapter or sizes.student.num_parameters
+    through_the_host = not on_gpu or sizes.adapter or config.sync.backend == "object_store"
+    if config.needs_engine and through_the_host:
+        parts["weights on their way"] = trained * width
+    if config.needs_teacher_workers and config.teacher is not None:
+        tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_response
+        parts["teacher signals"] = tokens * sizes.rows * _BYTES[config.teacher.dtype]
+    if on_gpu and trainer.offload != "none":
+        parts["offloaded"] = 12 * trained + (sizes.student.num_parameters * width if trainer.offload == "all" else 0)
+    return parts
+
+
+def memory_warning(needs: Sequence[Need]) -> str | None:
+    """Where a CPU host has not the memory that all workers need together; None where it has."""
+    needed, free = sum(need.num * need.num_bytes for need in needs), available_memory()
+    if needed <= free:
+        return None
+    need = max(needs, key=lambda need: need.num * need.num_bytes)
+    part = max(need.parts, key=lambda part: need.parts[part])
+    return (
+        f"the workers need about {needed / GIB:.1f} GiB and this host has {free / GIB:.1f} GiB free; most of it is for "
+        f"the {part} of the {need.worker} ({need.num * need.parts[part] / GIB:.1f} GiB)"
+    )
+
+
+def available_memory() -> int:
+    """Bytes that this host can still give: its free memory, and what a container's limit leaves."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+        if line.startswith("MemAvailable:"):
+            free = int(line.split()[1]) * 1024
+    cgroup = Path("/sys/fs/cgroup")
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="ascii").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):  # no cgroup of version 2: no limit to be read
+        return free
+    return free if limit == "max" else min(free, max(0, int(limit) - used))

@@ -1,0 +1,120 @@
+"""What is checked of the models before any worker starts. Never imports vllm."""
+
+from collections.abc import Sequence
+
+from gkd.config import Config
+from gkd.config.objective import Reserved
+from gkd.errors import UserError
+from gkd.vocabulary import shared_tokens, tokenizer_size
+from launch.architecture import Architecture, read_architecture
+from launch.lora_check import check_lora
+from launch.models import ModelFacts, read_model
+from launch.self_test import self_test
+from rollout.chat import ChatTemplate
+from rollout.records import ChatRecord, Record
+
+_CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+"""Attention head widths that vLLM's CPU attention supports."""
+
+
+def read_student(config: Config) -> ModelFacts:
+    """The student.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    return read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
+
+
+def read_teacher(config: Config) -> ModelFacts | None:
+    """The teacher, where it is a model of its own.
+
+    Raises:
+        UserError: if it cannot be read.
+    """
+    if not config.needs_teacher_workers or config.teacher is None or config.teacher.model is None:
+        return None
+    return read_model(config.teacher.model, field="teacher.model", need_weights=True)
+
+
+def shared_vocabulary(student: ModelFacts, teacher: ModelFacts | None) -> int:
+    """How many leading ids mean the same token to both.
+
+    Raises:
+        UserError: if their tokenizers differ.
+    """
+    if teacher is None:
+        return tokenizer_size(student.tokenizer)
+    return shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="teacher.model")
+
+
+def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tuple[Architecture, int, list[str]]:
+    """Whether the student's architecture can be served, adapted and trained.
+
+    Args:
+        config: the run's.
+        student: its student.
+        this_host: whether this host has to serve it.
+
+    Returns:
+        Its architecture, the parameters of its adapter (0 without one), and notes.
+
+    Raises:
+        UserError: for the first thing that it cannot.
+    """
+    if config.needs_engine and this_host:
+        check_head_dim(student, field="student.model")
+    architecture = read_architecture(student.path, field="student.model")
+    lora = config.student.lora
+    adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
+    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
+    note = self_test(student.path, config.objective, field="student.model")
+    return architecture, adapter, [note] if note else []
+
+
+def check_head_dim(model: ModelFacts, *, field: str) -> None:
+    """Refuse a model whose attention heads vLLM cannot run on this host.
+
+    Raises:
+        UserError: on hosts without GPUs, for an unsupported width.
+    """
+    if host_has_gpu() or model.head_dim is None or model.head_dim in _CPU_HEAD_SIZES:
+        return
+    raise UserError(
+        field,
+        model.path,
+        f"has attention heads of width {model.head_dim}, which vLLM does not run on CPUs.",
+        f"Use a model whose head width is one of {', '.join(map(str, _CPU_HEAD_SIZES))}.",
+    )
+
+
+def host_has_gpu() -> bool:
+    """Whether this host has a GPU that torch may use."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def template_warning(
+    config: Config, student: ModelFacts, teacher: ModelFacts | None, records: Sequence[Record]
+) -> str | None:
+    """Where the teacher would write a conversation of the data otherwise than the student; None where it would not."""
+    chat = next((record for record in records if isinstance(record, ChatRecord)), None)
+    if chat is None or teacher is None:
+        return None
+    if not teacher.tokenizer.chat_template:
+        return "the teacher has no chat template: it reads conversations in the student's, which it may not know"
+    ours, theirs = (
+        ChatTemplate(model.tokenizer, kwargs=config.data.chat_template_kwargs, model_field=field)
+        for model, field in ((student, "student.model"), (teacher, "teacher.model"))
+    )
+    try:
+        same = ours.prompt(chat) == theirs.prompt(chat)
+    except UserError as error:  # the student's own template was used before
+        return f"the teacher's chat template refuses {chat.origin.place} ({error.problem}); it reads the student's"
+    if same:
+        return None
+    return (
+        f"student and teacher write conversations differently (see {chat.origin.place}): the teacher reads them in the "
+        "student's chat template, which it was not trained on"
+    )

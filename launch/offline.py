@@ -1,0 +1,126 @@
+"""`gkd check --offline`: checks what is on this host. Models and datasets that are not are left out, with a note."""
+
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from gkd.config import Config
+from gkd.config.data import DataSource
+from gkd.vocabulary import shared_rows
+from launch.architecture import read_architecture
+from launch.data import check_ids, path_field, tokenize_training
+from launch.memory import Sizes
+from launch.model_checks import check_student, read_student, read_teacher, shared_vocabulary
+from launch.preflight import Facts, check, check_settings, data_warnings
+from rollout.records import Record, read_records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Findings:
+    """What could be found out."""
+
+    facts: Facts | None
+    """Everything, where nothing was absent."""
+    sizes: Sizes | None
+    """What the memory of the workers is estimated from; None without the student."""
+    notes: tuple[str, ...]
+    """What was left out, and what is worth knowing of the rest."""
+
+
+def check_offline(config: Config) -> Findings:
+    """Check what is here, for a run that may be somewhere else: nothing is compared with this host's size.
+
+    Raises:
+        UserError: for the first thing found wrong.
+    """
+    absent = _absent(config)
+    if not absent:
+        facts = check(config, this_host=False)
+        return Findings(facts=facts, sizes=facts.sizes, notes=facts.warnings)
+    left_out = [f"{field} = {name!r} is not on this host: left out" for field, name in absent.items()]
+    sizes, notes = _check_the_rest(config, absent.keys())
+    return Findings(facts=None, sizes=sizes, notes=(*left_out, *notes))
+
+
+def _absent(config: Config) -> dict[str, str]:
+    """Config field -> what it names and is not on this host."""
+    absent = {}
+    if not _model_is_here(config.student.model):
+        absent["student.model"] = config.student.model
+    teacher = config.teacher.model if config.needs_teacher_workers and config.teacher else None
+    if teacher is not None and not _model_is_here(teacher):
+        absent["teacher.model"] = teacher
+    for field, _, source in _sources(config):
+        if not _source_is_here(source):
+            absent[field] = source.path
+    return absent
+
+
+def _sources(config: Config) -> list[tuple[str, int, DataSource]]:
+    """Field, number and source of all data."""
+    return [
+        (path_field(section, number, sources), number, source)
+        for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval))
+        for number, source in enumerate(sources)
+    ]
+
+
+def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | None, list[str]]:
+    """Everything that needs nothing absent; the sizes are None without the student."""
+    check_settings(config)
+    records: list[Record] = []
+    for field, number, source in _sources(config):
+        is_training = field.startswith("data.train")
+        if field not in absent:
+            needed = config.needs_completions and is_training
+            read = read_records(source, number=number, field=field, need_completions=needed)
+            records += read if is_training else []
+    teacher = None if "teacher.model" in absent else read_teacher(config)
+    teacher_architecture = read_architecture(teacher.path, field="teacher.model") if teacher else None
+    if "student.model" in absent:
+        return None, []
+    student = read_student(config)
+    num_tokens = shared_vocabulary(student, teacher)
+    architecture, adapter, notes = check_student(config, student, this_host=False)
+    # Without the data, prompts are taken to be as long as they may be, or else as responses.
+    longest_prompt = config.data.max_prompt_tokens or config.rollout.max_new_tokens
+    if not any(field.startswith("data.train") for field in absent):
+        data = tokenize_training(config, records, student, teacher)
+        check_ids(config, data, student, teacher, num_tokens, section="train")
+        notes += [warning for warning in data_warnings(config, student, teacher, data, records) if warning]
+        longest_prompt = data.longest_prompt
+    sizes = Sizes(
+        student=architecture,
+        teacher=teacher_architecture,
+        adapter=adapter,
+        rows=shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens),
+        longest_prompt=longest_prompt,
+        longest_response=config.rollout.max_new_tokens,
+    )
+    return sizes, notes
+
+
+def _model_is_here(name: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    if Path(name).is_dir():
+        return True
+    return _is_repository(name) and isinstance(try_to_load_from_cache(name, "config.json"), str)
+
+
+def _source_is_here(source: DataSource) -> bool:
+    """Files have to be here in any case: a wrong path is a mistake wherever the run is."""
+    from huggingface_hub import constants
+
+    if source.resolved_format != "hub" or Path(source.path).exists() or not _is_repository(source.path):
+        return True
+    prepared = os.environ.get("HF_DATASETS_CACHE", Path(constants.HF_HOME) / "datasets")
+    name = source.path.lower().replace("/", "___")
+    downloaded = Path(constants.HF_HUB_CACHE) / f"datasets--{source.path.replace('/', '--')}"
+    return (Path(prepared) / name).is_dir() or downloaded.is_dir()
+
+
+def _is_repository(name: str) -> bool:
+    """Whether this may be a name on the hub, and not a path."""
+    return not name.startswith((".", "/", "~")) and name.count("/") <= 1

@@ -1,0 +1,184 @@
+"""The teacher-equals-student self-test: where both are one model, a distillation loss and its gradient are 0.
+
+A small copy of the student's architecture with random weights goes the way of a real batch: packed, through the
+student's forward pass, into the real objective. What comes out is known beforehand, so that a divergence of the user's
+own that is none, or an architecture that cannot be trained here, shows before a worker starts.
+"""
+
+import copy
+from typing import Any
+
+import torch
+
+from gkd.config.objective import DistillObjective, SftObjective
+from gkd.errors import UserError
+from gkd.objectives import ObjectiveInputs, build_objective
+from gkd.packing import pack
+from gkd.reduce import sequence_token_weights, weighted_sum
+from gkd.response_forward import ResponseForward
+from launch.models import head_width
+
+_TOLERANCE = 1e-5
+"""Largest loss in nats, and largest gradient with respect to a logit, that rounding explains."""
+_ROWS = 512
+_LAYERS = 2
+_LENGTHS = ((3, 6), (1, 2), (5, 4), (2, 1))
+"""(prompt tokens, response tokens) of the sequences; some of them fit into one row together."""
+_LARGE = 20_000_000
+"""Parameters above which widths are cut too, so that the test takes no longer for large models."""
+
+
+def self_test(path: str, objective: DistillObjective | SftObjective, *, field: str) -> str | None:
+    """Run the test.
+
+    Args:
+        path: folder or hub name of the student.
+        objective: the run's; without a teacher in it only the architecture is tested.
+        field: the config field that named the student, for messages.
+
+    Returns:
+        Why the test could not be made, if it could not; None if it passed.
+
+    Raises:
+        UserError: if the architecture is not supported, or if loss or gradient are not 0.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            model = _small_copy(path)
+        except Exception as error:  # cutting a config down can break it in ways that only its own code knows
+            return f"the self-test was left out: no small {path} can be made ({_reason(error)})"
+        if not _is_causal(model):
+            raise UserError(
+                field,
+                path,
+                f"is a {type(model).__name__}, which sees the tokens that it is to predict.",
+                "Use a causal language model.",
+            )
+        try:
+            forward = ResponseForward(model)
+        except (ValueError, RuntimeError) as error:  # the model alone was seen to run
+            raise UserError(
+                field, path, f"cannot be trained on packed responses: {_reason(error)}.", "Use another architecture."
+            ) from None
+        if isinstance(objective, DistillObjective):
+            _check_zero(forward, objective)
+    return None
+
+
+@torch.no_grad()
+def _is_causal(model: Any) -> bool:
+    """Whether a token changes nothing of what is predicted before it. Encoders (BERT) have language heads too."""
+    rows = model.get_input_embeddings().num_embeddings
+    ids_1S = torch.arange(6).unsqueeze(0) % rows
+    changed_1S = ids_1S.clone()
+    changed_1S[0, -1] = (ids_1S[0, -1] + 1) % rows
+    before, after = (model(input_ids=ids, use_cache=False).logits[0, :-1] for ids in (ids_1S, changed_1S))
+    return torch.allclose(before, after, atol=1e-4)
+
+
+def _check_zero(forward: ResponseForward, config: DistillObjective) -> None:
+    objective = build_objective(config)
+    rows = forward.num_head_rows
+    sequences = [torch.randint(0, rows, (prompt + response,)).tolist() for prompt, response in _LENGTHS]
+    prompts = [tokens[:prompt] for tokens, (prompt, _) in zip(sequences, _LENGTHS, strict=True)]
+    responses = [tokens[prompt:] for tokens, (prompt, _) in zip(sequences, _LENGTHS, strict=True)]
+    packed = pack(prompts, responses, share_rows=forward.share_rows)
+    with torch.no_grad():
+        teacher_TV = forward(packed)
+    student_TV = forward(packed)
+    student_TV.retain_grad()
+    output = objective(
+        ObjectiveInputs(
+            student_logits_TV=student_TV,
+            teacher_logits_TV=teacher_TV,
+            response_ids_T=packed.response_ids_T,
+            mask_T=torch.ones_like(packed.response_ids_T, dtype=torch.bool),
+        )
+    )
+    token_weights = torch.tensor(sequence_token_weights(packed.response_lengths, config.reduction))
+    weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths))
+    loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
+    if not abs(loss.item()) <= _TOLERANCE:
+        raise _wrong(config, f"is {loss.item():.3g}")
+    loss.backward()
+    assert student_TV.grad is not None
+    gradient = student_TV.grad.abs().max().item()
+    if not gradient <= _TOLERANCE:
+        raise _wrong(config, f"has a gradient of {gradient:.3g}")
+
+
+def _wrong(config: DistillObjective, found: str) -> UserError:
+    divergence = config.divergence
+    return UserError(
+        "objective.divergence",
+        getattr(divergence, "path", divergence.type),
+        f"{found} where teacher and student are the same model.",
+        "A divergence is 0 there, and so is its gradient: correct the function.",
+    )
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(".")
+
+
+def _small_copy(path: str) -> Any:
+    """The architecture with fewer layers and rows, in float32 on the CPU, seen to run."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(path)
+    _shorten(config.get_text_config())
+    with torch.device("meta"):
+        large = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters() > _LARGE
+    if large:
+        _narrow(config.get_text_config())
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    # The gradient still goes through every layer, and needs memory for this alone.
+    model.get_input_embeddings().weight.requires_grad_(True)
+    return model
+
+
+def _shorten(config: Any) -> None:
+    """Fewer layers and rows. Special tokens may lie beyond the rows that are left."""
+    config.num_hidden_layers = min(config.num_hidden_layers, _LAYERS)
+    derived = isinstance(getattr(type(config), "layer_types", None), property)
+    if getattr(config, "layer_types", None) and not derived:
+        config.layer_types = _varied(config.layer_types, config.num_hidden_layers)
+    config.vocab_size = min(config.vocab_size, _ROWS)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, list) or (isinstance(token, int) and token >= config.vocab_size):
+            setattr(config, name, 0)
+
+
+def _varied(kinds: list[str], number: int) -> list[str]:
+    """The first kinds of layers, with another kind among them if there is one."""
+    chosen = kinds[:number]
+    others = [kind for kind in kinds if kind != chosen[0]]
+    return [*chosen[:-1], others[0]] if others and len(set(chosen)) == 1 and number > 1 else chosen
+
+
+def _narrow(config: Any) -> None:
+    """Cut the widths; an attention head's stays, and so does how many heads share their keys and values."""
+    for name in ("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"):
+        if isinstance(width := getattr(config, name, None), int):
+            setattr(config, name, min(width, 256))
+    experts_used = getattr(config, "num_experts_per_tok", None) or 1
+    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
+        if isinstance(number := getattr(config, name, None), int):
+            setattr(config, name, min(number, max(16, 2 * experts_used)))
+    head = head_width(config)
+    if head is None:
+        return
+    heads = config.num_attention_heads
+    shared_by = heads // (getattr(config, "num_key_value_heads", None) or heads)
+    config.num_attention_heads = min(heads, max(2, shared_by))
+    if getattr(config, "num_key_value_heads", None):
+        config.num_key_value_heads = config.num_attention_heads // shared_by
+    if getattr(config, "word_embed_proj_dim", None) == config.hidden_size:
+        config.word_embed_proj_dim = config.num_attention_heads * head
+    config.hidden_size = config.num_attention_heads * head

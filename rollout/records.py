@@ -1,0 +1,152 @@
+"""Training and held-out records: what they may hold, and what is refused."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gkd.config.data import DataSource
+from gkd.errors import UserError
+from rollout.readers import rows
+
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where a record comes from."""
+
+    field: str
+    """The config field or argument that named its source, for messages."""
+    place: str
+    """Its file and line, or its dataset and row; both count from 1."""
+    source: int
+    """Number of its source in the config's list."""
+
+    def error(self, problem: str, cure: str) -> UserError:
+        """A mistake in this very record."""
+        return UserError(self.field, self.place, problem, cure)
+
+
+@dataclass(frozen=True, slots=True)
+class TextRecord:
+    """`{"prompt": str, "completion"?: str}`: read and written as it stands, without a chat template."""
+
+    origin: Origin
+    """Where it comes from."""
+    prompt: str
+    """What the student reads."""
+    completion: str | None
+    """What the dataset answers, without a stop token."""
+
+    @property
+    def answer(self) -> str | None:
+        """What would be the right answer to the prompt, where the data says."""
+        return self.completion
+
+    @property
+    def content(self) -> Any:
+        """All that training may use of it, as JSON can hold it."""
+        return [self.prompt, self.completion]
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRecord:
+    """`{"messages": [{"role": str, "content": str}, ...]}`: read and written through the model's chat template."""
+
+    origin: Origin
+    """Where it comes from."""
+    messages: tuple[dict[str, Any], ...]
+    """The turns, other keys that a template may read (such as tool calls) included. The first is no assistant's."""
+
+    @property
+    def answer(self) -> str | None:
+        """What the assistant says in the end; None where the conversation ends before that."""
+        return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
+
+    @property
+    def content(self) -> Any:
+        """All that training may use of it, as JSON can hold it."""
+        return list(self.messages)
+
+
+Record = TextRecord | ChatRecord
+
+
+def read_records(source: DataSource, *, number: int, field: str, need_completions: bool) -> list[Record]:
+    """Read a source.
+
+    Args:
+        source: the file, folder or dataset, and the names of its fields.
+        number: its number in the config's list.
+        field: the config field or argument that named it, for messages.
+        need_completions: refuse records without anything that an assistant said.
+
+    Raises:
+        UserError: for a source that cannot be read or is empty, and for the first bad record, by line or row.
+    """
+    records = [
+        _parse(row, source, Origin(field, place, number), need_completion=need_completions)
+        for place, row in rows(source, field=field)
+    ]
+    if not records:
+        raise UserError(field, source.path, "holds no records.", 'Write one {"prompt": ...} or {"messages": ...} each.')
+    return records
+
+
+def fingerprint(records: Iterable[Record]) -> str:
+    """A hash of all that the records hold and of the source that each belongs to, whatever format they came in."""
+    digest = hashlib.sha256()
+    for record in records:
+        text = json.dumps([record.origin.source, record.content], sort_keys=True, default=str)
+        digest.update(text.encode() + b"\n")
+    return digest.hexdigest()[:16]
+
+
+def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: bool) -> Record:
+    if not isinstance(row, dict):
+        raise origin.error("is no JSON object.", 'Write {"prompt": "some text"} or {"messages": [...]}.')
+    messages = row.get(source.messages_field)
+    if messages is not None:
+        return ChatRecord(origin, _parse_messages(messages, origin, need_completion=need_completion))
+    prompt = row.get(source.prompt_field)
+    if prompt is None or prompt == "":
+        raise origin.error(
+            f"has no {source.prompt_field} and no {source.messages_field}.",
+            'Each record needs {"prompt": "some text"} or {"messages": [...]}; prompt_field and messages_field name '
+            "other keys.",
+        )
+    completion = row.get(source.completion_field)
+    for name, value in ((source.prompt_field, prompt), (source.completion_field, completion)):
+        if value is not None and not isinstance(value, str):
+            raise origin.error(f"has a {name} that is no text but {type(value).__name__}.", "Make it a string.")
+    if completion is None and need_completion:
+        raise origin.error(f"has no {source.completion_field}.", _NEEDS_COMPLETIONS)
+    return TextRecord(origin, prompt, completion)
+
+
+def _parse_messages(messages: Any, origin: Origin, *, need_completion: bool) -> tuple[dict[str, Any], ...]:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise origin.error("has messages that are no list of turns.", _TURNS)
+    turns = tuple(_parse_message(message, f"message {i}", origin) for i, message in enumerate(messages, start=1))
+    if turns[0]["role"] == "assistant":
+        raise origin.error("begins with the assistant's turn, which answers nothing.", "Put a user's turn before it.")
+    if need_completion and all(turn["role"] != "assistant" for turn in turns):
+        raise origin.error("has no assistant's turn.", _NEEDS_COMPLETIONS)
+    return turns
+
+
+def _parse_message(message: Any, name: str, origin: Origin) -> dict[str, Any]:
+    if not isinstance(message, dict):
+        raise origin.error(f"{name} is no object.", _TURNS)
+    if message.get("role") not in _ROLES:
+        raise origin.error(f"{name} has the role {message.get('role')!r}.", f"Use one of: {', '.join(_ROLES)}.")
+    if not isinstance(message.get("content"), str):
+        raise origin.error(f"{name} has a content that is no text.", "Make it a string, empty if nothing was said.")
+    # Columns give every message all keys, None where one does not apply; templates ask whether a key is there.
+    return {key: value for key, value in message.items() if value is not None}
+
+
+_TURNS = 'Write {"messages": [{"role": "user", "content": "some text"}, ...]}.'
+_NEEDS_COMPLETIONS = "Off-policy samples are the dataset's completions: add them, or set data.on_policy_fraction: 1."

@@ -1,0 +1,209 @@
+"""Records as token ids, each within the lengths that a run allows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from gkd.errors import UserError
+from gkd.types import Completion
+from rollout.chat import ChatTemplate, to_completion
+from rollout.records import ChatRecord, Record, TextRecord
+
+Ids = tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedRecord:
+    """A record as token ids."""
+
+    index: int
+    """Its place in the data, over all sources in their order; blank lines are not counted."""
+    prompt_ids: Ids
+    """What the student is asked."""
+    completion: Completion | None
+    """What the dataset answers, where the record has that."""
+    source: int = 0
+    """Number of its source in the config's list."""
+
+    @property
+    def prompts(self) -> tuple[Ids, ...]:
+        """What the student is asked, and what the completion answers to: of a conversation these may differ."""
+        return (self.prompt_ids,) if self.completion is None else (self.prompt_ids, self.completion.prompt_ids)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenizedData:
+    """Data ready for use."""
+
+    records: tuple[TokenizedRecord, ...]
+    """The records that are used, in the data's order."""
+    num_dropped: int
+    """Overlong records that are left out."""
+    num_truncated: int
+    """Overlong records that are used in part."""
+    longest_prompt: int
+    """Tokens of the longest prompt in use, the completions' prompts included."""
+
+    @property
+    def num_overlong(self) -> int:
+        """Records whose prompt, or prompt and completion, are too long."""
+        return self.num_dropped + self.num_truncated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """How long a record may be, and what happens to one that is longer."""
+
+    max_prompt_tokens: int
+    """Most tokens of a prompt."""
+    max_tokens: int
+    """Most tokens of a prompt and its completion together."""
+    overlong: Literal["drop", "truncate"]
+    """`drop` leaves an overlong record out; `truncate` keeps the prompt's last tokens and the completion's first."""
+    field: str
+    """The config field that limits prompts, for messages."""
+
+
+class Encoder:
+    """Turns records into token ids with one model's tokenizer and chat template."""
+
+    def __init__(
+        self, tokenizer: Any, *, stop_ids: frozenset[int], chat_template_kwargs: dict[str, Any], model_field: str
+    ) -> None:
+        """Set up.
+
+        Args:
+            tokenizer: a Hugging Face tokenizer.
+            stop_ids: tokens that end a response.
+            chat_template_kwargs: passed to the chat template.
+            model_field: the config field or argument that named the model, for messages.
+        """
+        self._tokenizer = tokenizer
+        self._stop_ids = stop_ids
+        self._template = ChatTemplate(tokenizer, kwargs=chat_template_kwargs, model_field=model_field)
+        self._model_field = model_field
+
+    def encode(
+        self, records: Sequence[Record], *, student_prompts: bool, completions: bool
+    ) -> list[tuple[Ids, Completion | None]]:
+        """What the student is asked, and what the dataset answers, of every record.
+
+        Of a text that is the prompt, with whatever the tokenizer puts before one, and the completion and one stop
+        token. Of a conversation it is all but the assistant's final turn, and all from the assistant's first turn to
+        its last.
+
+        Args:
+            records: the records.
+            student_prompts: False where the student answers nothing: a record's prompt is its completion's then.
+            completions: False where completions are not used: there are none then.
+
+        Raises:
+            UserError: if a conversation cannot go through the chat template, or a completion needs a stop token and
+                the tokenizer has none.
+        """
+        texts = iter(self._texts([r for r in records if isinstance(r, TextRecord)], completions))
+        chats = iter(self._chats([r for r in records if isinstance(r, ChatRecord)], student_prompts, completions))
+        return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
+
+    def _texts(self, records: Sequence[TextRecord], completions: bool) -> Iterator[tuple[Ids, Completion | None]]:
+        prompts = self._ids([record.prompt for record in records], add_special_tokens=True)
+        answers = [record.completion if completions else None for record in records]
+        responses = iter(self._ids([answer for answer in answers if answer is not None]))
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if answer is None:
+                yield prompt, None
+            else:
+                yield prompt, Completion(prompt_ids=prompt, response_ids=(*next(responses), self._eos_token_id()))
+
+    def _chats(
+        self, records: Sequence[ChatRecord], student_prompts: bool, completions: bool
+    ) -> Iterator[tuple[Ids, Completion | None]]:
+        chats = [self._template.conversation(record) if completions else None for record in records]
+        prompts = iter(self._ids([chat.prompt for chat in chats if chat]))
+        segments = iter(self._ids([segment.text for chat in chats if chat for segment in chat.segments]))
+        asked = iter(self._ids([self._template.prompt(record) for record in records] if student_prompts else []))
+        for chat in chats:
+            completion = None
+            if chat:
+                completion = to_completion(
+                    next(prompts),
+                    [(next(segments), segment.by_assistant) for segment in chat.segments],
+                    stop_ids=self._stop_ids,
+                    eos_token_id=self._eos_token_id,
+                )
+            if student_prompts:
+                yield next(asked), completion
+            else:
+                assert completion is not None, "records without one are refused where nothing else is used"
+                yield completion.prompt_ids, completion
+
+    def _eos_token_id(self) -> int:
+        if self._tokenizer.eos_token_id is None:
+            raise UserError(
+                self._model_field, self._tokenizer.name_or_path, "its tokenizer has no stop token.", "Set eos_token."
+            )
+        return self._tokenizer.eos_token_id
+
+    def _ids(self, texts: Sequence[str], *, add_special_tokens: bool = False) -> list[Ids]:
+        # Chat templates write the special tokens themselves.
+        encoded = self._tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"] if texts else []
+        return [tuple(ids) for ids in encoded]
+
+
+def tokenize(
+    records: Sequence[Record], encoder: Encoder, *, limits: Limits, student_prompts: bool, completions: bool
+) -> TokenizedData:
+    """Token ids of the records, what is overlong dropped or truncated.
+
+    What is never used can neither be too long nor lack a stop token, so it is not made.
+
+    Args:
+        records: the records, of all sources in their order.
+        encoder: the student's.
+        limits: how long they may be.
+        student_prompts: whether the student answers prompts.
+        completions: whether the dataset's completions are used.
+
+    Raises:
+        UserError: if a record cannot be encoded, or nothing is left.
+    """
+    encoded = encoder.encode(records, student_prompts=student_prompts, completions=completions)
+    kept: list[TokenizedRecord] = []
+    num_truncated = 0
+    for index, (record, (prompt, completion)) in enumerate(zip(records, encoded, strict=True)):
+        fitted = _fit(prompt, completion, limits)
+        if fitted is not None:
+            kept.append(TokenizedRecord(index, *fitted, record.origin.source))
+            num_truncated += fitted != (prompt, completion)
+    if not kept:
+        raise UserError(limits.field, limits.max_prompt_tokens, "no record fits.", "Raise it, or shorten the prompts.")
+    return TokenizedData(
+        records=tuple(kept),
+        num_dropped=len(records) - len(kept),
+        num_truncated=num_truncated,
+        longest_prompt=max(len(prompt) for record in kept for prompt in record.prompts),
+    )
+
+
+def _fit(prompt_ids: Ids, completion: Completion | None, limits: Limits) -> tuple[Ids, Completion | None] | None:
+    """What is used of a record; None: nothing."""
+    whole = (prompt_ids, completion)
+    fitted = (prompt_ids[-limits.max_prompt_tokens :], completion and _cut(completion, limits))
+    if not fitted[0] or (completion is not None and fitted[1] is None):
+        return None
+    return fitted if fitted == whole or limits.overlong == "truncate" else None
+
+
+def _cut(completion: Completion, limits: Limits) -> Completion | None:
+    """A completion within the limits, up to its last token in the loss; None: there is no such token."""
+    prompt = completion.prompt_ids[-limits.max_prompt_tokens :]
+    room = max(0, limits.max_tokens - len(prompt))
+    mask = (completion.loss_mask or (True,) * len(completion.response_ids))[:room]
+    if not prompt or True not in mask:
+        return None
+    end = len(mask) - mask[::-1].index(True)
+    return Completion(
+        prompt_ids=prompt,
+        response_ids=completion.response_ids[:end],
+        loss_mask=None if all(mask[:end]) else mask[:end],
+    )

@@ -1,0 +1,36 @@
+"""The shipped recipes pass the check on a host that has none of their models and data."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from gkd.config import load_config
+from launch.check import run_check
+from launch.placement import needed_places
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+
+
+@pytest.mark.parametrize(
+    ("name", "num_gpus"), [("qwen3_8b_to_0.6b_8gpu", 8), ("qwen3_lora", 4), ("qwen3_two_nodes", 16)]
+)
+def test_a_recipe_passes_the_check_and_needs_what_its_header_says(name, num_gpus, tmp_path):
+    path = CONFIGS / f"{name}.yaml"
+    config = load_config(path, [f"run.output_dir={tmp_path}"])
+    output = io.StringIO()
+    run_check(config, Console(file=output, width=200), offline=True)
+    assert f"{num_gpus} GPUs in all" in output.getvalue()
+    assert f"{config.student.model!r} is not on this host" in output.getvalue()
+    header = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert f"gkd train configs/{name}.yaml" in header and "NOT been run" in header and "arXiv" in header
+    counts = {place.worker: 0 for place in needed_places(config)}
+    for place in needed_places(config):
+        counts[place.worker] += 1
+    for worker, word in (("trainer", "training rank"), ("rollout", "rollout engine"), ("teacher", "teacher")):
+        assert f"{counts[worker]} {word}" in header
+
+
+def test_every_recipe_is_tried():
+    assert len(list(CONFIGS.glob("*.yaml"))) == 3

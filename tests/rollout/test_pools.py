@@ -1,0 +1,149 @@
+"""The driver's handles on several workers, with workers that answer when the test says so."""
+
+from concurrent.futures import Future
+
+import pytest
+
+from gkd.types import Prompt, Rollout, SampleId
+from rollout.idle import IdleClock
+from rollout.rollout_actor import RolloutPool
+from rollout.teacher_actor import TeacherPool
+
+
+class Method:
+    """`actor.method.remote(...)`, recorded; the test finishes the calls."""
+
+    def __init__(self, num_returns=1):
+        self.calls = []
+        self.num_returns = num_returns
+
+    def remote(self, *args):
+        future = Future()
+        self.calls.append((args, future))
+        handle = type("Ref", (), {"future": lambda self: future})()
+        return handle if self.num_returns == 1 else (handle, f"signals {len(self.calls)}")
+
+
+class FakeEngine:
+    def __init__(self):
+        self.advance = Method()
+
+    @property
+    def given(self):
+        return [prompt.id for (prompts,), _ in self.advance.calls for prompt in prompts]
+
+    def finish(self, *ids):
+        """End the oldest open call with these rollouts."""
+        future = next(future for _, future in self.advance.calls if not future.done())
+        future.set_result([rollout(i) for i in ids])
+
+
+def rollout(identity):
+    return Rollout(
+        id=identity, prompt_ids=(2,), response_ids=(3,), stop_reason="stop", source="student", versions=(0, 0)
+    )
+
+
+def prompts(count, samples=1):
+    return [Prompt(id=SampleId(0, i, k), token_ids=(2,)) for i in range(count) for k in range(samples)]
+
+
+def rollout_pool(num_engines, max_concurrent):
+    engines, delivered = [FakeEngine() for _ in range(num_engines)], []
+    pool = RolloutPool(engines, max_concurrent=max_concurrent, timeout_s=5)
+    pool.connect(lambda callback: callback(), lambda r: delivered.append(r.id))
+    return pool, engines, delivered
+
+
+def test_samples_of_a_prompt_stay_together_and_loads_are_equal():
+    pool, engines, _ = rollout_pool(2, max_concurrent=64)
+    pool.submit(prompts(6, samples=4))
+    for engine in engines:
+        assert len(engine.given) == 12
+        assert all(
+            len([i for i in engine.given if i.prompt_index == p]) == 4
+            for p in {i[0] for i in map(as_pair, engine.given)}
+        )
+
+
+def as_pair(identity):
+    return identity.prompt_index, identity.sample_index
+
+
+def test_what_has_no_room_goes_to_whoever_is_free_first():
+    pool, (slow, fast), delivered = rollout_pool(2, max_concurrent=2)
+    pool.submit(prompts(8))
+    assert (len(slow.given), len(fast.given)) == (2, 2)
+    for _ in range(4):
+        running = [i for i in fast.given if i not in delivered]
+        fast.finish(running[0])
+    assert len(slow.given) == 2 and len(fast.given) == 6
+    assert len(set(slow.given) | set(fast.given)) == 8
+    assert len(delivered) == 4
+
+
+def test_one_engine_gets_everything_at_once():
+    pool, (engine,), _ = rollout_pool(1, max_concurrent=2)
+    pool.submit(prompts(8))
+    assert [len(args[0]) for args, _ in engine.advance.calls] == [8]
+
+
+def test_an_engine_always_has_a_call_to_go_on_with_while_it_has_work():
+    pool, (engine,), delivered = rollout_pool(1, max_concurrent=8)
+    pool.submit(prompts(2))
+    engine.finish()  # some steps passed, nothing finished
+    assert sum(not future.done() for _, future in engine.advance.calls) == 2
+    engine.finish(SampleId(0, 1, 0))
+    engine.finish(SampleId(0, 0, 0))
+    assert delivered == [SampleId(0, 1, 0), SampleId(0, 0, 0)]
+    before = len(engine.advance.calls)
+    while any(not future.done() for _, future in engine.advance.calls):
+        engine.finish()
+    assert len(engine.advance.calls) == before  # nothing left to advance
+
+
+def test_groups_go_to_the_teacher_that_is_free():
+    class FakeTeacher:
+        def __init__(self):
+            self.score = Method(num_returns=2)
+
+    teachers, delivered = [FakeTeacher(), FakeTeacher()], {}
+    pool = TeacherPool(teachers, timeout_s=5)
+    pool.connect(lambda callback: callback(), lambda key, scored: delivered.setdefault(key, scored))
+    for number in range(6):
+        pool.submit((1, number), [rollout(SampleId(0, number, 0))])
+    assert [len(t.score.calls) for t in teachers] == [2, 2]  # one at work and one ahead, the rest waits
+    for _ in range(2):
+        future = next(future for _, future in teachers[1].score.calls if not future.done())
+        future.set_result((0.5, 8))
+    assert [len(t.score.calls) for t in teachers] == [2, 4]
+    assert all(scored.seconds == 0.5 and scored.num_bytes == 8 for scored in delivered.values()) and len(delivered) == 2
+
+
+def test_a_worker_that_fails_ends_the_run_with_its_error():
+    pool, _, _ = rollout_pool(1, max_concurrent=8)
+    pool.submit(prompts(1))
+    with pytest.raises(RuntimeError, match="died"):
+        pool._finished(pool._engines[0], failed("died"))
+
+
+def failed(text):
+    future = Future()
+    future.set_exception(RuntimeError(text))
+    return future
+
+
+def test_the_idle_clock_runs_while_nothing_is_done(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("rollout.idle.time.perf_counter", lambda: now[0])
+    clock = IdleClock()
+    now[0] = 12.0
+    assert clock.read() == 2.0
+    clock.work()
+    now[0] = 15.0
+    clock.work()
+    assert clock.read() == 2.0
+    clock.rest()
+    clock.rest()
+    now[0] = 16.5
+    assert clock.read() == 3.5

@@ -1,0 +1,136 @@
+"""Evaluation while training: the live engines answer held-out prompts, and the ranks compare with the teacher."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from gkd.config.objective import DivergenceConfig
+from gkd.evaluation import exact_match
+from gkd.interfaces import Answers, Scores, SignalRef
+from gkd.packing import split_by_tokens
+from gkd.types import Prompt, Rollout, SampleId
+
+_PROMPTS_PER_CALL = 128
+"""Prompts answered at once: between two calls the engines look after the training rollouts."""
+_GROUPS_AT_ONCE = 2
+"""Scoring groups whose signals are held at once."""
+
+
+class Comparer(Protocol):
+    """The training ranks, as evaluation sees them."""
+
+    def divergence(
+        self,
+        rollouts: Sequence[Rollout],
+        groups: Sequence[Sequence[SampleId]],
+        signals: Sequence[Any],
+        config: DivergenceConfig,
+    ) -> tuple[float, int]:
+        """Sum over all response tokens, and their number."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HeldOut:
+    """What is asked, and what would be right."""
+
+    prompts: tuple[Prompt, ...]
+    """Held-out prompts."""
+    references: tuple[str | None, ...]
+    """The right answer to each, as text; None where the data has none."""
+
+
+class ExactMatch:
+    """`eval/exact_match`: share of greedy answers equal to their reference."""
+
+    def __init__(self, held_out: HeldOut, answers: Answers, decode: Callable[[Sequence[int]], str]) -> None:
+        """`decode` turns a response into text, its stop token left out."""
+        pairs = zip(held_out.prompts, held_out.references, strict=True)
+        known = [(prompt, reference) for prompt, reference in pairs if reference is not None]
+        self._prompts = [prompt for prompt, _ in known]
+        self._references = [reference for _, reference in known]
+        self._answers = answers
+        self._decode = decode
+
+    def __call__(self) -> dict[str, float]:
+        """Measure."""
+        responses = [self._decode(r.response_ids) for r in _answered(self._answers, self._prompts, temperature=0.0)]
+        return {"eval/exact_match": exact_match(responses, self._references)}
+
+
+class Divergence:
+    """`eval/divergence`: mean per token to the teacher, on samples that the student writes itself."""
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        answers: Answers,
+        scores: Scores,
+        comparer: Comparer,
+        *,
+        divergence: DivergenceConfig,
+        temperature: float,
+        group_tokens: int,
+        group_sequences: int,
+    ) -> None:
+        """`temperature` is of the samples; the divergence itself is at temperature 1."""
+        self._prompts = held_out.prompts
+        self._answers = answers
+        self._scores = scores
+        self._comparer = comparer
+        self._divergence = divergence
+        self._temperature = temperature
+        self._group_tokens = group_tokens
+        self._group_sequences = group_sequences
+
+    def __call__(self) -> dict[str, float]:
+        """Measure."""
+        rollouts = _answered(self._answers, self._prompts, temperature=self._temperature)
+        lengths = [len(rollout.token_ids) for rollout in rollouts]
+        groups = split_by_tokens(lengths, self._group_tokens, max_sequences=self._group_sequences)
+        total, count = 0.0, 0
+        for first in range(0, len(groups), _GROUPS_AT_ONCE):
+            some = groups[first : first + _GROUPS_AT_ONCE]
+            members = [[rollouts[i] for i in group] for group in some]
+            part, tokens = self._comparer.divergence(
+                [rollout for group in members for rollout in group],
+                [[rollout.id for rollout in group] for group in members],
+                self._scores.score_now(members),
+                self._divergence,
+            )
+            total, count = total + part, count + tokens
+        return {"eval/divergence": total / count}
+
+
+class Evaluator:
+    """Measures at every so many steps, and at the last one."""
+
+    def __init__(self, measures: Sequence[Callable[[], dict[str, float]]], due: Callable[[int], bool]) -> None:
+        self._measures = measures
+        self._due = due
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """The `eval/` metrics after a step; nothing where none are due."""
+        if not self._due(step):
+            return {}
+        start = time.perf_counter()
+        results: dict[str, float] = {}
+        for measure in self._measures:
+            results |= measure()
+        return results | {"time/eval_s": time.perf_counter() - start}
+
+
+class NoScores:
+    """In the teachers' place where the ranks make the teacher's signal themselves."""
+
+    def score_now(self, groups: Sequence[Sequence[Rollout]]) -> list[SignalRef | None]:
+        """Nothing for each group."""
+        return [None] * len(groups)
+
+
+def _answered(answers: Answers, prompts: Sequence[Prompt], *, temperature: float) -> list[Rollout]:
+    rollouts: list[Rollout] = []
+    for first in range(0, len(prompts), _PROMPTS_PER_CALL):
+        rollouts += answers.answer(prompts[first : first + _PROMPTS_PER_CALL], temperature=temperature)
+    return rollouts
