@@ -8,7 +8,7 @@ import torch
 from engines import greedy_in_transformers, greedy_in_vllm, greedy_in_vllm_with_adapter
 from rich.console import Console
 from safetensors.torch import load_file
-from tiny import read_lines
+from tiny import make_chat_tokenizer, read_lines, save_model
 
 from launch.export import run_export
 
@@ -70,7 +70,9 @@ def run_and_resume(train, folder, changes, **models):
     return (metrics, ledger, whole), (again, again_ledger, resumed)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize(
+    "zero_stage", [pytest.param(0, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow), 3]
+)
 def test_two_ranks_learn_as_one_does(train, plain, zero_stage, tmp_path):
     changes = {"trainer.num_ranks": 2, "trainer.zero_stage": zero_stage, "trainer.tokens_per_micro_batch": 50}
     (metrics, ledger, folder), (again, _, _) = run_and_resume(train, "ranks", changes)
@@ -109,6 +111,7 @@ def test_an_adapter_alone_is_trained_and_travels(train, models, tmp_path):
     check_export(folder, tmp_path / "adapter", export / "adapter", form="adapter", file="adapter_model.safetensors")
 
 
+@pytest.mark.slow
 def test_an_adapter_on_sharded_ranks(train):
     changes = {"student.lora": {"r": 4, "targets": ["q_proj", "down_proj"]}, "trainer.max_steps": 2}
     alone, _, _ = train("alone", changes | {"trainer.zero_stage": 0})
@@ -152,6 +155,7 @@ def test_streaming_runs_ahead_within_its_bound(train):
     assert [line["step"] for line in again_ledger] == [line["step"] for line in ledger]
 
 
+@pytest.mark.slow
 def test_fewer_syncs_than_steps(train):
     changes = {"sync.max_staleness": 1, "sync.every_steps": 2, "trainer.max_steps": 4}
     metrics, ledger, _ = train("every-other", changes)
@@ -160,6 +164,7 @@ def test_fewer_syncs_than_steps(train):
     assert all(0 <= line["step"] - 1 - line["versions"][0] <= 1 for line in ledger)
 
 
+@pytest.mark.slow
 def test_a_bfloat16_student_keeps_its_master_weights(train):
     """The gap between the two engines is rounding, and is recorded; the optimizer works in float32."""
     changes = {"trainer.dtype": "bfloat16", "trainer.zero_stage": 1, "trainer.max_steps": 2}
@@ -168,6 +173,7 @@ def test_a_bfloat16_student_keeps_its_master_weights(train):
     assert {t.dtype for t in load_file(folder / "export" / "model.safetensors").values()} == {torch.bfloat16}
 
 
+@pytest.mark.slow
 def test_the_base_as_teacher_needs_no_teacher_worker(train, models):
     """With its adapter off the student is its own teacher: at first there is nothing to learn, then the two differ."""
     changes = {
@@ -202,6 +208,45 @@ def test_evaluation_with_the_live_engine_keeps_the_best_checkpoint(train, train_
     assert list((folder / "tensorboard").glob("events.*"))
 
 
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory):
+    """A model with a chat template, and conversations of one or two rounds."""
+    root = tmp_path_factory.mktemp("chats")
+    for name, seed in (("student", 3), ("teacher", 4)):
+        save_model(root / name, "qwen2" if name == "student" else "llama", rows=40, seed=seed)
+        make_chat_tokenizer().save_pretrained(root / name)
+    turns = ["hello", "what is b", "say c again", "good"]
+    lines = []
+    for i in range(24):
+        rounds = [("user", turns[i % 4]), ("assistant", turns[(i + 1) % 4])] * (1 + i % 2)
+        lines.append(json.dumps({"messages": [{"role": role, "content": text[: 2 + i % 7]} for role, text in rounds]}))
+    (root / "chats.jsonl").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def test_conversations_half_of_them_the_students(train, chats):
+    """Multi-turn data through the chat template, on both sides of the mixture, resumed; only answers are learnt."""
+    changes = {
+        "data": {
+            "train": {"path": str(chats / "chats.jsonl")},
+            "on_policy_fraction": 0.5,
+            "mixing": "per_sample",
+        },
+        "trainer.zero_stage": 0,
+    }
+    folders = {"student": str(chats / "student"), "teacher": str(chats / "teacher")}
+    (metrics, ledger, _), (again, again_ledger, _) = run_and_resume(train, "chats", changes, **folders)
+    assert losses(again) == losses(metrics) and again_ledger == ledger
+    assert len(set(identities(ledger))) == len(ledger) and {line["source"] for line in ledger} == {"student", "dataset"}
+    assert all(line["sync/logprob_gap_max"] <= 1e-3 for line in metrics)
+    # Tokens between two answers are read, not learnt: those of two rounds make the difference.
+    for line in metrics:
+        step = [sample for sample in ledger if sample["step"] == line["step"]]
+        asked = [s for s in step if s["source"] == "dataset" and s["prompt_index"] % 2]
+        assert (line["tokens/trained"] < sum(s["tokens"] for s in step)) == bool(asked)
+
+
+@pytest.mark.slow
 def test_an_evaluation_of_an_offline_run_starts_an_engine_for_it(train, train_file):
     changes = {
         "data.on_policy_fraction": 0.0,
@@ -218,6 +263,7 @@ def test_an_evaluation_of_an_offline_run_starts_an_engine_for_it(train, train_fi
     assert metrics[3]["eval/divergence"] < metrics[1]["eval/divergence"]
 
 
+@pytest.mark.slow
 def test_resume_goes_on_comparing_with_the_best(train, train_file):
     changes = {
         "data.eval": {"path": train_file},

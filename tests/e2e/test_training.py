@@ -29,12 +29,12 @@ METRICS = {
 
 ARCHITECTURES = [
     ("qwen2", {"tied": True, "rows": 32}),
-    ("qwen2", {"tied": False}),
-    ("llama", {"tied": False, "rows": 24}),
-    ("gpt2", {}),
     ("opt", {}),
-    ("phi", {}),
     ("gemma2", {}),
+    pytest.param("qwen2", {"tied": False}, marks=pytest.mark.slow),
+    pytest.param("llama", {"tied": False, "rows": 24}, marks=pytest.mark.slow),
+    pytest.param("gpt2", {}, marks=pytest.mark.slow),
+    pytest.param("phi", {}, marks=pytest.mark.slow),
 ]
 
 
@@ -72,7 +72,7 @@ def test_the_gap_check_catches_a_sync_that_leaves_out_the_tied_head(train, model
         train(student=models("qwen2", tied=True), changes={"trainer.learning_rate": 0.05})
 
 
-@pytest.mark.parametrize("mixing", ["per_step", "per_sample"])
+@pytest.mark.parametrize("mixing", [pytest.param("per_step", marks=pytest.mark.slow), "per_sample"])
 def test_half_of_the_samples_are_the_datasets(train, mixing):
     metrics, ledger, _ = train(
         changes={
@@ -97,14 +97,19 @@ def test_lambda_zero_starts_no_rollout_engine(train):
         assert (line["tokens/generated"], line["sync/bytes"]) == (0, 0)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_same_seed_gives_the_same_losses_and_so_does_a_resumed_run(train, zero_stage):
-    base = {"trainer.zero_stage": zero_stage, "data.on_policy_fraction": 0.7, "data.mixing": "per_sample"}
+    base = {
+        "trainer.zero_stage": zero_stage,
+        "data.on_policy_fraction": 0.7,
+        "data.mixing": "per_sample",
+        "run.resume": "auto",
+    }
     whole, whole_ledger, _ = train("whole", base | {"trainer.max_steps": 4})
-    half, _, folder = train("parts", base | {"trainer.max_steps": 2, "run.resume": "auto"})
+    half, _, folder = train("parts", base | {"trainer.max_steps": 2})
     assert [line["loss/total"] for line in half] == [line["loss/total"] for line in whole[:2]]
     assert not (folder / "checkpoints" / "step_4").exists()
-    resumed, ledger, _ = train("parts", base | {"trainer.max_steps": 4, "run.resume": "auto"})
+    resumed, ledger, _ = train("parts", base | {"trainer.max_steps": 4})
     assert [line["loss/total"] for line in resumed] == [line["loss/total"] for line in whole]
     assert ledger == whole_ledger
 
@@ -115,6 +120,7 @@ def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(train, models):
     assert metrics[0]["loss/total"] < 1e-6 and metrics[0]["train/grad_norm"] < 1e-3
 
 
+@pytest.mark.slow
 def test_a_bfloat16_teacher_sends_half_the_bytes(train):
     sizes = {}
     for dtype in ("float32", "bfloat16"):
