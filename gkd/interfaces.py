@@ -1,7 +1,7 @@
 """What the parts ask of each other. `rollout` and `trainer` meet only here; `launch` gives each what it needs."""
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -81,6 +81,10 @@ class ScoredBatch:
     """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
     """Size of the signals."""
+
+    def without_signals(self) -> "ScoredBatch":
+        """The batch once it is trained on: its signals may be freed."""
+        return replace(self, signals=())
 
 
 Post = Callable[[Callable[[], None]], None]

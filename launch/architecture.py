@@ -16,6 +16,8 @@ class Architecture:
 
     name: str
     """Its class in transformers."""
+    recomputes: bool
+    """Whether its layers can compute their activations again in the backward pass."""
     num_parameters: int
     """Tied ones counted once."""
     largest_parameter: int
@@ -60,6 +62,7 @@ def read_architecture(path: str, *, field: str) -> Architecture:
     sizes = [parameter.numel() for parameter in model.parameters()]
     return Architecture(
         name=type(model).__name__,
+        recomputes=model.supports_gradient_checkpointing,
         num_parameters=sum(sizes),
         largest_parameter=max(sizes),
         modules=frozenset(name for name, _ in model.named_modules() if name),

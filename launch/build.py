@@ -9,10 +9,10 @@ from gkd.config import Config
 from gkd.config.objective import DistillObjective, Reserved, SftObjective
 from gkd.interfaces import Scores
 from gkd.types import Prompt, SampleId
-from launch.placement import Place
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
+from launch.wire import wire_between
 from rollout.hf_teacher import TeacherSettings
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
@@ -21,7 +21,7 @@ from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.teacher_actor import TeacherActor, TeacherPool
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
-from rollout.weights.choice import Wire, choose_wire
+from rollout.weights.choice import Wire
 from trainer.best import Best
 from trainer.deepspeed_engine import EngineSettings
 from trainer.evaluator import Divergence, Evaluator, ExactMatch, HeldOut, NoScores
@@ -97,6 +97,7 @@ def build_parts(
             last_step=config.trainer.max_steps,
             max_staleness=config.sync.max_staleness,
             timeout_s=timeout_s,
+            stop_requested=stop_requested,
         ),
         learner=learner,
         sync=_sync(config, learner, rollout_pool, warn),
@@ -109,7 +110,6 @@ def build_parts(
             completed_steps=start.completed_steps,
         ),
         report=report,
-        stop_requested=stop_requested,
     )
 
 
@@ -179,9 +179,16 @@ def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:
         checkpoint_every=config.trainer.checkpoint_every,
         keep_last=config.trainer.keep_last,
         checkpoints=config.run.output_dir.absolute() / "checkpoints",
-        best=Best.resumed(config.eval.best, start.checkpoint.state.get("best", {}) if start.checkpoint else {}),
+        best=_best(config, start),
         state=run_state(config, facts.data_fingerprint),
     )
+
+
+def _best(config: Config, start: StartingPoint) -> Best:
+    """The best step so far, if its checkpoint is still there: a run that goes on in another folder has it no longer."""
+    state = start.checkpoint.state.get("best", {}) if start.checkpoint else {}
+    kept = config.run.output_dir / "checkpoints" / f"step_{state.get('step')}"
+    return Best.resumed(config.eval.best, state if kept.is_dir() else {})
 
 
 def _held_out(facts: Facts) -> HeldOut | None:
@@ -199,7 +206,8 @@ def _mixer(config: Config, facts: Facts) -> Mixer:
         PromptStream(
             facts.data.records,
             seed=config.run.seed,
-            samples_per_prompt=config.rollout.samples_per_prompt,
+            # Only what the student writes differs between the samples of a prompt.
+            samples_per_prompt=config.rollout.samples_per_prompt if config.needs_rollouts else 1,
             weights=config.data.weights,
         ),
         seed=config.run.seed,
@@ -219,7 +227,7 @@ def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
 
 def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: bool) -> GeneratorSettings:
     lora = config.student.lora
-    shortest = sorted(facts.data.records, key=lambda record: (len(record.prompt_ids), record.index))
+    shortest = sorted(facts.answered, key=lambda record: (len(record.prompt_ids), record.index))
     return GeneratorSettings(
         model=facts.student.path,
         # The first sync brings the weights in any case; reading them from disk as well is only for models whose
@@ -243,21 +251,6 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         gpu_memory_utilization=config.rollout.gpu_memory_utilization,
         weight_backend=wire,
     )
-
-
-def wire_between(config: Config, places: Sequence[Place]) -> Wire:
-    """The wire that carries the weights, from where the workers sit.
-
-    Raises:
-        UserError: if the wire that the config asks for cannot connect them.
-    """
-    gpus = [[f"{index}/{number}" for number in range(int(place.num_gpus))] for index, place in enumerate(places)]
-    engines = [own for own, place in zip(gpus, places, strict=True) if place.worker == "rollout"]
-    if not engines:
-        return "object_store"  # nothing travels
-    senders = [own for own, place in zip(gpus, places, strict=True) if place.worker == "trainer"]
-    sender = senders[0][0] if senders[0] else None
-    return choose_wire(config.sync.backend, sender=sender, engines=engines, adapter=config.student.lora is not None)
 
 
 def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeout_s: float) -> None:

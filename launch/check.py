@@ -12,6 +12,7 @@ from launch.plan_table import plan_table
 from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
+from launch.wire import wire_between
 
 
 def run_check(config: Config, console: Console, *, offline: bool) -> None:
@@ -31,10 +32,12 @@ def run_check(config: Config, console: Console, *, offline: bool) -> None:
     else:
         facts = check(config)
         sizes, notes, places = facts.sizes, facts.warnings, _plan(config)
+    wire = wire_between(config, places)
     rows = [*_of_the_data(config, facts), *_of_the_run(config)]
     if facts is not None:
         start = find_start(config, facts.data_fingerprint)
         rows.append(("starts after step", f"{start.completed_steps:,}" + (" (finished)" if start.finished else "")))
+    rows.append(("weights travel by", wire if config.needs_engine else "nothing: no engine runs"))
     on_gpus = any(place.num_gpus for place in places)
     table = Table(title=f"{config.run.name}: {'ready' if facts else 'checked in part'}", show_header=False)
     for row in rows:

@@ -69,7 +69,7 @@ def check(
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The student: a folder in Hugging Face format, or a hub name.")],
-    data: Annotated[Path, typer.Option(help='JSONL records {"prompt", "completion"?}.')],
+    data: Annotated[Path, typer.Option(help="Records: a JSONL or Parquet file, or a dataset.")],
     teacher: Annotated[str | None, typer.Option(help="Measure the divergence to this model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which a response is cut.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled responses.")] = 1.0,
@@ -79,10 +79,11 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
 ) -> None:
     """Exact match of greedy responses, and divergence to a teacher on the student's own and on dataset responses."""
-    if output is not None and not output.absolute().parent.is_dir():
-        raise UserError("--output", str(output), "its folder does not exist.", "Make the folder, or name another.")
     from launch.evaluate import EvalRequest, run_eval
+    from launch.outputs import check_file
 
+    if output is not None:
+        check_file(output, field="--output")
     request = EvalRequest(
         model=model,
         data=data,

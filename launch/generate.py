@@ -18,6 +18,7 @@ from gkd.types import Prompt, Rollout, SampleId
 from gkd.vocabulary import tokenizer_size
 from launch.model_checks import check_head_dim
 from launch.models import ModelFacts, read_model
+from launch.outputs import check_file
 from launch.ray_session import Workers, ray_session
 from launch.single_engine import (
     TIMEOUT_S,
@@ -169,8 +170,7 @@ def _prompts(data: TokenizedData, *, samples: int) -> list[Prompt]:
 
 def _check_output(request: GenerateRequest) -> None:
     output = request.output
-    if not output.absolute().parent.is_dir():
-        raise UserError("--output", str(output), "its folder does not exist.", "Make the folder, or name another.")
+    check_file(output, field="--output")
     if output.exists():
         raise UserError("--output", str(output), "exists already.", "Remove it, or name another file.")
     if request.samples > 1 and request.temperature == 0:

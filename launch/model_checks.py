@@ -65,6 +65,10 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
     if config.needs_engine and this_host:
         check_head_dim(student, field="student.model")
     architecture = read_architecture(student.path, field="student.model")
+    if config.trainer.gradient_checkpointing and not architecture.recomputes:
+        raise UserError(
+            "trainer.gradient_checkpointing", True, f"is unknown to {architecture.name}.", "Set it to false."
+        )
     lora = config.student.lora
     adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
     assert not isinstance(config.objective, Reserved), "refused when the config was loaded"

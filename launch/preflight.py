@@ -1,9 +1,7 @@
 """The checks that come before any worker starts, and the facts that they establish. Never imports vllm."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from gkd.config import Config
 from gkd.config.objective import Reserved
@@ -22,9 +20,10 @@ from launch.model_checks import (
     template_warning,
 )
 from launch.models import ModelFacts
+from launch.outputs import check_folder
 from launch.ray_session import joins_cluster
 from rollout.records import Record, fingerprint
-from rollout.tokenized import TokenizedData
+from rollout.tokenized import TokenizedData, TokenizedRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +46,10 @@ class Facts:
     """Vocabulary rows in the loss."""
     stop_ids: tuple[int, ...]
     """Tokens that end a rollout."""
+    answered: tuple[TokenizedRecord, ...]
+    """The records whose prompts the rollout engines answer: training and held-out ones, as the run has them."""
     max_model_len: int
-    """Longest prompt with its longest response."""
+    """Longest of those prompts with its longest response; 0 where no engine runs."""
     data_fingerprint: str
     """Hash of the training records: a resumed run must train on the same."""
     sizes: Sizes
@@ -78,9 +79,10 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     check_ids(config, data, student, teacher, num_tokens, section="train")
     held_out = None
     if config.eval.every_steps:
-        held_out = tokenize_held_out(config, eval_records[: config.eval.limit], student, teacher)
+        held_out = tokenize_held_out(config, eval_records, student, teacher)
         check_ids(config, held_out, student, teacher, num_tokens, section="eval")
         _check_answers(config, [eval_records[record.index].answer for record in held_out.records])
+    answered = (*(data.records if config.needs_rollouts else ()), *(held_out.records if held_out else ()))
     response_room = config.rollout.max_new_tokens if config.needs_engine else 0
     longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
     rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
@@ -107,7 +109,8 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         num_tokens=num_tokens,
         rows=rows,
         stop_ids=tuple(sorted(student.stop_ids)),
-        max_model_len=longest_prompt + response_room,
+        answered=answered,
+        max_model_len=max((len(record.prompt_ids) for record in answered), default=0) + response_room,
         data_fingerprint=fingerprint(records),
         sizes=sizes,
         warnings=tuple(warning for warning in warnings if warning is not None),
@@ -120,7 +123,7 @@ def check_settings(config: Config) -> None:
     Raises:
         UserError: for the first thing found wrong.
     """
-    _check_output(config.run.output_dir)
+    check_folder(config.run.output_dir, field="run.output_dir")
     _check_signal(config)
 
 
@@ -146,14 +149,6 @@ def _check_signal(config: Config) -> None:
             f"is not what the {config.objective.type} objective requires.",
             f"Use {' or '.join(sorted(required))}.",
         )
-
-
-def _check_output(folder: Path) -> None:
-    if folder.resolve() == Path.cwd():
-        raise UserError("run.output_dir", str(folder), "is the working directory.", "Name a folder of the run's own.")
-    existing = next(parent for parent in [folder, *folder.absolute().parents] if parent.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        raise UserError("run.output_dir", str(folder), f"cannot be written: see {existing}.", "Choose another folder.")
 
 
 def _longest_completion(data: TokenizedData) -> int:

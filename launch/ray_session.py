@@ -26,6 +26,8 @@ def ray_session() -> Iterator[None]:
             _knock(address)
         ray.init(address=address, include_dashboard=False, log_to_driver=False, configure_logging=False, **size)
     except (ConnectionError, OSError) as error:
+        if not address:
+            raise
         reason = str(error).strip().splitlines()[0].rstrip(".")
         raise UserError(
             "RAY_ADDRESS", address, f"no Ray cluster answers there: {reason}.", "Correct it, or unset it to run here."

@@ -56,13 +56,13 @@ def find_start(config: Config, data_fingerprint: str) -> StartingPoint:
     Raises:
         UserError: if the named checkpoint is not whole, or the config differs in what may not change.
     """
-    folder = config.run.output_dir.absolute()  # workers may have another working directory
+    folder = config.run.output_dir.resolve()  # workers may have another working directory
     if config.run.resume == "never":
         return StartingPoint(None, finished=False)
     if config.run.resume == "auto":
         found = checkpoint.newest(folder / "checkpoints")
     else:
-        found = checkpoint.read(Path(config.run.resume).absolute())
+        found = checkpoint.read(Path(config.run.resume).resolve())
         if found is None:
             raise UserError(
                 "run.resume", config.run.resume, "is no complete checkpoint.", "Name a checkpoints/step_N folder."
@@ -93,7 +93,7 @@ def prepare(config: Config, start: StartingPoint) -> None:
     What is there of another run (one that is not resumed) is moved aside. A run that goes on from another folder's
     checkpoint takes over that folder's records, so that its own are whole.
     """
-    folder = config.run.output_dir.absolute()
+    folder = config.run.output_dir.resolve()
     origin = start.checkpoint.folder.parent.parent if start.checkpoint else None
     if origin != folder and folder.exists() and any(folder.iterdir()):
         number = 1

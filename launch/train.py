@@ -13,12 +13,13 @@ from rich.console import Console
 from rich.markup import escape
 
 from gkd.config import Config
-from launch.build import build_parts, build_span, wire_between
+from launch.build import build_parts, build_span
 from launch.display import Display, TensorBoard, make_display
 from launch.placement import plan_placement
 from launch.preflight import check
 from launch.ray_session import Workers, joins_cluster, ray_session, resources
 from launch.run_folder import find_start, mark_export, prepare
+from launch.wire import wire_between
 from trainer.loop import train
 
 
@@ -36,13 +37,14 @@ def run_training(config: Config, console: Console) -> Path:
         console.print(f"{config.run.name}: finished before; the model is in {export}")
         return export
     if not joins_cluster():
-        plan_placement(config, *resources())  # what does not fit on this host is refused before Ray starts
+        # What does not fit this host is refused before Ray starts.
+        wire_between(config, plan_placement(config, *resources()))
     for warning in facts.warnings:
         console.print(f"[yellow]note:[/] {escape(warning)}")
 
     with ray_session():
         places = plan_placement(config, *resources())
-        wire_between(config, places)  # a wire that cannot connect them is refused before a worker starts
+        wire_between(config, places)
         prepare(config, start)
         if start.checkpoint is not None:
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
@@ -96,7 +98,7 @@ def _stop_on_signal(console: Console) -> Iterator[Callable[[], bool]]:
 
     def request(number: int, _frame: FrameType | None) -> None:
         if stop.is_set():
-            raise KeyboardInterrupt
+            raise SystemExit(1)  # without a checkpoint, so not 130
         stop.set()
         console.print(f"{signal.Signals(number).name}: saving after this step (once more to stop at once)")
 

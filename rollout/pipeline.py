@@ -13,6 +13,7 @@ Staleness is bounded by construction: step s is dispatched once version s - 1 - 
 weights that begin a sample are at most max_staleness optimizer steps older than those it trains.
 """
 
+import contextlib
 import queue
 import threading
 import time
@@ -22,6 +23,9 @@ from dataclasses import dataclass, field
 from gkd.interfaces import GroupKey, Rollouts, ScoredBatch, ScoredGroup, Teachers
 from gkd.types import Rollout, SampleId
 from rollout.mixer import Mixer, StepPlan
+
+_STOP_CHECK_S = 0.2
+"""How often whoever waits for a batch looks whether the run is to stop."""
 
 
 @dataclass(slots=True)
@@ -51,8 +55,12 @@ class Pipeline:
         last_step: int,
         max_staleness: int,
         timeout_s: float,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Plan steps `first_step` to `last_step`; give up if nothing finishes for `timeout_s` seconds."""
+        """Plan steps `first_step` to `last_step`; give up if nothing finishes for `timeout_s` seconds.
+
+        `stop_requested` says whether the user asked to stop: then nobody is kept waiting for a batch.
+        """
         self._mixer = mixer
         self._rollouts = rollouts
         self._teachers = teachers
@@ -60,6 +68,7 @@ class Pipeline:
         self._last_step = last_step
         self._max_staleness = max_staleness
         self._timeout_s = timeout_s
+        self._stop_requested = stop_requested
         self._progress_at = time.monotonic()
         self._callbacks: queue.Queue[Callable[[], None] | None] = queue.Queue()
         self._assemblies: dict[int, _Assembly] = {}
@@ -90,14 +99,17 @@ class Pipeline:
 
         self._callbacks.put(end)
 
-    def take(self) -> ScoredBatch:
-        """The next step's batch, in step order. Blocks.
+    def take(self) -> ScoredBatch | None:
+        """The next step's batch, in step order; None once the user asked to stop. Blocks.
 
         Raises:
             TimeoutError: if no worker finished anything for `timeout_s`.
             Exception: whatever ended a worker.
         """
-        batch = self._ready.get()
+        batch: ScoredBatch | BaseException | None = None
+        while batch is None and not self._stop_requested():
+            with contextlib.suppress(queue.Empty):
+                batch = self._ready.get(timeout=_STOP_CHECK_S)
         if isinstance(batch, BaseException):
             raise batch
         return batch

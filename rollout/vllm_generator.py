@@ -16,6 +16,8 @@ from rollout.vllm_weights import AdapterShape, AdapterWeights, FullWeights
 from rollout.weights.packed import held_modules
 
 PROBE_TOKENS = 16
+_AT_ONCE = -1
+"""Priority of what someone waits for; training prompts have 0, and keep their order among themselves."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +106,11 @@ class VllmGenerator:
             # a placement group and would ask Ray for more.
             "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
             "seed": settings.seed % 2**31,
+            # Rows of the head beyond the tokenizer mean nothing, yet vLLM would sample them.
+            "logits_processors": ["rollout.vllm_vocabulary:KnownTokensOnly"],
+            "additional_config": {"gkd_vocabulary": settings.vocabulary},
+            # What is waited for (probes, answers) goes before the prompts that queue for a later step.
+            "scheduling_policy": "priority",
             "generation_config": "vllm",  # sampling is the config's alone, not what a model's folder suggests
         }
         if settings.adapter:
@@ -182,7 +189,7 @@ class VllmGenerator:
             prompt = Prompt(id=SampleId(0, i, 0), token_ids=token_ids)
             seed = derive_seed(self._settings.seed, "probe", self._version, i)
             params = self._sampling_params(seed=seed, logprobs=True, temperature=1.0, max_tokens=PROBE_TOKENS)
-            self._add_request(f"probe-{i}", prompt, params, salt=f"probe{self._probes}")
+            self._add_request(f"probe-{i}", prompt, params, salt=f"probe{self._probes}", priority=_AT_ONCE)
         return self._until_done("probe-", len(self._settings.probe_prompts))
 
     def answer(self, prompts: Sequence[Prompt], *, temperature: float) -> list[Rollout]:
@@ -194,7 +201,7 @@ class VllmGenerator:
         for i, prompt in enumerate(prompts):
             seed = derive_seed(self._settings.seed, "answer", prompt.id.prompt_index, prompt.id.sample_index)
             params = self._sampling_params(seed=seed, temperature=temperature)
-            self._add_request(f"answer-{i}", prompt, params, salt="answer")
+            self._add_request(f"answer-{i}", prompt, params, salt="answer", priority=_AT_ONCE)
         return self._until_done("answer-", len(prompts))
 
     def _until_done(self, prefix: str, number: int) -> list[Rollout]:
@@ -210,11 +217,11 @@ class VllmGenerator:
         assert not self.updating, "the engine's weights are half of one version and half of another"
         return [(o.request_id, self._to_rollout(o)) for o in self._engine.step() if o.finished]
 
-    def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str) -> None:
+    def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str, priority: int = 0) -> None:
         # The prefix cache outlives a sync: the salt keeps each version's prefixes apart.
         request = {"prompt_token_ids": list(prompt.token_ids), "cache_salt": f"{salt}-v{self._version}"}
         self._in_flight[name] = _InFlight(prompt, self._version)
-        self._engine.add_request(name, request, params, lora_request=self._weights.lora_request)
+        self._engine.add_request(name, request, params, lora_request=self._weights.lora_request, priority=priority)
 
     def _sampling_params(
         self, *, seed: int, logprobs: bool = False, temperature: float | None = None, max_tokens: int | None = None
@@ -233,27 +240,21 @@ class VllmGenerator:
             logprobs=0 if logprobs else None,
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the stop ids above are complete; vLLM would add the model's own
-            allowed_token_ids=self._allowed_ids,
             output_kind=RequestOutputKind.FINAL_ONLY,
             detokenize=False,
         )
-
-    @property
-    def _allowed_ids(self) -> list[int] | None:
-        """Ids that may be sampled: rows of the head beyond the tokenizer mean nothing, yet vLLM samples them."""
-        rows = self._engine.model_config.get_vocab_size()
-        return list(range(self._settings.vocabulary)) if rows > self._settings.vocabulary else None
 
     def _to_rollout(self, output: Any) -> Rollout:
         completion = output.outputs[0]
         flight = self._in_flight.pop(output.request_id)
         response = tuple(completion.token_ids)
+        assert completion.finish_reason in ("stop", "length"), f"a request ended by {completion.finish_reason}"
         logprobs = completion.logprobs
         return Rollout(
             id=flight.prompt.id,
             prompt_ids=flight.prompt.token_ids,
             response_ids=response,
-            stop_reason="stop" if completion.finish_reason == "stop" else "length",
+            stop_reason=completion.finish_reason,
             source="student",
             versions=(flight.first_version, self._version),
             num_cached_tokens=output.num_cached_tokens or 0,

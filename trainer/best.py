@@ -1,5 +1,6 @@
 """Which checkpoint was the best so far, by a metric of the evaluations."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +22,7 @@ class Best:
     def update(self, step: int, metrics: Mapping[str, Any]) -> bool:
         """Whether this step is the best so far, by its `eval/` metrics; it is then remembered."""
         value = metrics.get(f"eval/{self.metric}")
-        if self.metric is None or value is None:
+        if self.metric is None or value is None or not math.isfinite(value):
             return False
         sign = 1 if _LARGER_IS_BETTER[self.metric] else -1
         if self.value is not None and sign * value <= sign * self.value:

@@ -76,6 +76,7 @@ class DeepSpeedEngine:
                 "gradient_clipping": 0.0 if clips_itself else settings.grad_clip,
                 "zero_optimization": _zero_config(settings),
                 "bf16": {"enabled": settings.dtype == "bfloat16"},
+                "data_types": _data_types(settings),
                 "zero_allow_untested_optimizer": True,
                 "zero_force_ds_cpu_optimizer": False,
                 "steps_per_print": 2**31 - 1,
@@ -133,6 +134,11 @@ class DeepSpeedEngine:
         loaded, _ = self._engine.load_checkpoint(str(folder), tag="state", load_module_strict=not self._has_frozen)
         if loaded is None:
             raise FileNotFoundError(f"no DeepSpeed state in {folder}")
+
+
+def _data_types(settings: EngineSettings) -> dict[str, str]:
+    """Gradients of several micro-batches add up in float32; without sharding DeepSpeed cannot do that in bfloat16."""
+    return {"grad_accum_dtype": "fp32"} if settings.dtype == "bfloat16" and settings.zero_stage else {}
 
 
 def _zero_config(settings: EngineSettings) -> dict[str, Any]:

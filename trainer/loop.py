@@ -19,7 +19,7 @@ class Parts:
     """What the loop works with."""
 
     pipeline: Any
-    """Context manager with `release(version)`, `fail(error)` and `take() -> ScoredBatch`."""
+    """Context manager with `release(version)`, `fail(error)` and `take()`: a `ScoredBatch`, or None to stop."""
     learner: Any
     """The training ranks: `step`, `save`, `load`, `export`."""
     sync: Sync
@@ -30,8 +30,6 @@ class Parts:
     """Files of the run."""
     report: Callable[[dict[str, Any]], None]
     """Shows a step's metrics while the run goes on."""
-    stop_requested: Callable[[], bool]
-    """Whether the user asked to stop."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,18 +71,22 @@ def train(parts: Parts, span: Span) -> None:
         parts.sync.push(span.completed_steps, pipeline.release)
         batch = pipeline.take()
         for step in range(span.completed_steps + 1, span.max_steps + 1):
+            if batch is None:
+                saved = "; a checkpoint is saved" if step > 1 else ""
+                raise Interrupted(f"stopped after step {step - 1}{saved}")
             started = time.perf_counter()
             trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals)
+            batch = batch.without_signals()
             train_s = time.perf_counter() - started
-            stop = parts.stop_requested() or step == span.max_steps
             with BackgroundPush(parts.sync, step, served=pipeline.release, failed=pipeline.fail) as push:
-                following = None if stop else pipeline.take()
+                following = pipeline.take() if step < span.max_steps else None
             wait_s = time.perf_counter() - started - train_s
-            metrics = step_metrics(batch, trained, push.report, train_s=train_s, wait_s=wait_s) | parts.evaluate(step)
+            stops = following is None
+            metrics = step_metrics(batch, trained, push.report, train_s=train_s, wait_s=wait_s)
+            metrics |= parts.evaluate(step) if not stops or step == span.max_steps else {}
             records.write(step, metrics, batch.rollouts)
             parts.report(metrics)
-            best = span.best.update(step, metrics)
-            if stop or best or span.saves_at(step):
+            if span.best.update(step, metrics) or stops or span.saves_at(step):
                 records.flush_to_disk()  # a checkpoint must never know more than the ledger
                 checkpoint.write(
                     span.checkpoints,
@@ -94,6 +96,4 @@ def train(parts: Parts, span: Span) -> None:
                     keep_last=span.keep_last,
                     keep_step=span.best.step,
                 )
-            if stop and step < span.max_steps:
-                raise Interrupted(f"stopped after step {step}; a checkpoint is saved")
             batch = following

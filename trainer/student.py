@@ -209,7 +209,7 @@ class Student:
             yield name, tensor
 
     @torch.no_grad()
-    def _base_logits(self, samples: Sequence[ScoredRollout], packed: PackedRows) -> torch.Tensor:
+    def _base_logits(self, _samples: Sequence[ScoredRollout], packed: PackedRows) -> torch.Tensor:
         """The base's logits [T, V], without its adapter and without dropout."""
         was_training = {module: module.training for module in self._model.modules()}
         self._model.eval()

@@ -4,7 +4,6 @@ from typing import Any, Literal
 
 import torch
 
-from gkd.errors import UserError
 from gkd.model_loading import load_causal_lm
 from trainer.lora import LoraSettings, add_adapter
 
@@ -18,17 +17,10 @@ def load_student(
     lora: LoraSettings | None,
     gradient_checkpointing: bool,
 ) -> Any:
-    """The student, or a `PeftModel` around it.
-
-    Raises:
-        UserError: if its architecture cannot compute activations again in the backward pass.
-    """
+    """The student, or a `PeftModel` around it."""
     model = load_causal_lm(path, dtype=dtype, init=init, seed=seed)
     if gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(
-                "trainer.gradient_checkpointing", True, f"is unknown to {type(model).__name__}.", "Set it to false."
-            )
+        assert model.supports_gradient_checkpointing, "refused before the workers start"
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if lora is None:
         return model

@@ -143,8 +143,13 @@ class Learner:
         options = {"num_returns": "streaming", "_generator_backpressure_num_objects": 1}
         messages = self._ranks[0].send_weights.options(**options).remote()
         while True:
-            if not ray.wait([messages], timeout=self._timeout_s)[0]:
+            ready, _ = ray.wait([messages, *followers], timeout=self._timeout_s)
+            if not ready:
                 raise TimeoutError(f"the trainer sent no weights in {self._timeout_s:g} s")
+            if messages not in ready:
+                ray.get(ready)  # a rank that failed is why the first one would wait in vain
+                followers = [follower for follower in followers if follower not in ready]
+                continue
             try:
                 message = next(messages)
             except StopIteration:

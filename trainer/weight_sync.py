@@ -178,8 +178,10 @@ class BackgroundPush:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
+        if kind is not None:
+            return  # the run ends with an error of its own: whoever waits for workers that hang waits no longer
         self._thread.join()
-        if kind is None and self._error is not None:
+        if self._error is not None:
             raise self._error
 
     @property

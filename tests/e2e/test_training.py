@@ -101,19 +101,18 @@ def test_lambda_zero_starts_no_rollout_engine(train):
 def test_same_seed_gives_the_same_losses_and_so_does_a_resumed_run(train, zero_stage):
     base = {
         "trainer.zero_stage": zero_stage,
+        "trainer.max_steps": 4,
+        "trainer.keep_last": 9,
         "data.on_policy_fraction": 0.7,
         "data.mixing": "per_sample",
-        "run.resume": "auto",
     }
-    whole, whole_ledger, _ = train("whole", base | {"trainer.max_steps": 4})
-    half, _, folder = train("parts", base | {"trainer.max_steps": 2})
-    assert [line["loss/total"] for line in half] == [line["loss/total"] for line in whole[:2]]
-    assert not (folder / "checkpoints" / "step_4").exists()
-    resumed, ledger, _ = train("parts", base | {"trainer.max_steps": 4})
+    whole, whole_ledger, folder = train("whole", base)
+    resumed, ledger, _ = train("resumed", base | {"run.resume": str(folder / "checkpoints" / "step_2")})
     assert [line["loss/total"] for line in resumed] == [line["loss/total"] for line in whole]
     assert ledger == whole_ledger
 
 
+@pytest.mark.slow
 def test_a_model_that_is_its_own_teacher_has_nothing_to_learn(train, models):
     divergence = {"objective.divergence": {"type": "reverse_kl"}, "trainer.max_steps": 1}
     metrics, _, _ = train(teacher=models("qwen2"), changes=divergence)

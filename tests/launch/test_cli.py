@@ -162,7 +162,7 @@ def mistakes(root):
             "objective.divergence",
             "has a gradient of",
         ),
-        (["run.output_dir=."], "run.output_dir", "a folder of the run's own"),
+        (["run.output_dir=."], "run.output_dir", "a folder of its own"),
         (["max_steps"], "override", "trainer.max_steps=10"),
     ]
 

@@ -11,6 +11,7 @@ from launch.architecture import Architecture, read_architecture
 from launch.memory import GIB, Need, Sizes, _activations, _logit_tensors, available_memory, estimate, memory_warning
 
 STUDENT = Architecture(
+    recomputes=True,
     name="Student",
     num_parameters=1000,
     largest_parameter=300,
@@ -22,6 +23,7 @@ STUDENT = Architecture(
     cache_numbers_per_token=7,
 )
 TEACHER = Architecture(
+    recomputes=True,
     name="Teacher",
     num_parameters=5000,
     largest_parameter=300,

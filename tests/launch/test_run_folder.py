@@ -63,6 +63,17 @@ def test_a_named_checkpoint_drops_the_later_ones(tmp_path):
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_1"]
 
 
+def test_a_run_known_by_two_paths_is_one_run(tmp_path):
+    """A resume through a link must not move aside the very run that it goes on from."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    write_checkpoint(tmp_path / "real" / "run", 2)
+    named = config(tmp_path / "link" / "run", run__resume=str(tmp_path / "real" / "run" / "checkpoints" / "step_2"))
+    start = find_start(named, "hash")
+    prepare(named, start)
+    assert start.checkpoint.folder.is_dir() and not (tmp_path / "real" / "run.1").exists()
+
+
 def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
     write_checkpoint(tmp_path / "a", 2)
     (tmp_path / "a" / "samples.jsonl").write_text('{"step": 1}\n')
@@ -75,7 +86,17 @@ def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
     assert (tmp_path / "a" / "checkpoints" / "step_2").is_dir()
 
 
-MAY_CHANGE = {"trainer__max_steps": 9, "log__rollouts_every": 1, "trainer__checkpoint_every": 1, "run__name": "other"}
+MAY_CHANGE = {
+    "rollout__num_actors": 2,
+    "rollout__tensor_parallel_size": 2,
+    "trainer__tokens_per_micro_batch": 64,
+    "trainer__gradient_checkpointing": True,
+    "sync__max_staleness": 2,
+    "trainer__max_steps": 9,
+    "log__rollouts_every": 1,
+    "trainer__checkpoint_every": 1,
+    "run__name": "other",
+}
 MAY_NOT = {
     "student__model": "other",
     "teacher__model": "other",
@@ -85,6 +106,10 @@ MAY_NOT = {
     "rollout__temperature": 0.7,
     "trainer__batch_size": 16,
     "trainer__zero_stage": 0,
+    "trainer__num_ranks": 2,
+    "trainer__dtype": "bfloat16",
+    "rollout__samples_per_prompt": 4,
+    "data__overlong": "truncate",
 }
 
 

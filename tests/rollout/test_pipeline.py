@@ -149,6 +149,28 @@ def test_generation_runs_ahead_by_the_bound_and_no_further():
         assert pipeline.take().step == 4
 
 
+def test_whoever_waits_for_a_batch_is_told_to_stop():
+    stop = threading.Event()
+
+    class Silent(FakeRollouts):
+        def submit(self, prompts):
+            threading.Timer(0.05, stop.set).start()
+
+    pipeline = Pipeline(
+        mixer(1.0),
+        Silent(0),
+        NoTeacher(),
+        first_step=1,
+        last_step=3,
+        max_staleness=0,
+        timeout_s=20,
+        stop_requested=stop.is_set,
+    )
+    with pipeline:
+        pipeline.release(0)
+        assert pipeline.take() is None
+
+
 def test_an_error_outside_reaches_whoever_waits():
     pipeline = Pipeline(
         mixer(1.0), FakeRollouts(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=9

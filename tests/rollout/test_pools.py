@@ -34,8 +34,9 @@ class FakeEngine:
 
     def finish(self, *ids):
         """End the oldest open call with these rollouts."""
-        future = next(future for _, future in self.advance.calls if not future.done())
-        future.set_result([rollout(i) for i in ids])
+        future = next((future for _, future in self.advance.calls if not future.done()), None)
+        if future is not None:
+            future.set_result([rollout(i) for i in ids])
 
 
 def rollout(identity):
@@ -100,6 +101,77 @@ def test_an_engine_always_has_a_call_to_go_on_with_while_it_has_work():
     while any(not future.done() for _, future in engine.advance.calls):
         engine.finish()
     assert len(engine.advance.calls) == before  # nothing left to advance
+
+
+class UpdatingEngine(FakeEngine):
+    """Notes what it is asked during an update; `failing` methods raise."""
+
+    def __init__(self, failing=()):
+        super().__init__()
+        self.asked = []
+        for name in ("start_update", "load_update", "finish_update"):
+            setattr(self, name, self.method(name, name in failing))
+
+    def method(self, name, fails):
+        def remote(*args):
+            self.asked.append((name, *args))
+            return RuntimeError(f"{name} failed") if fails else None
+
+        return type("Method", (), {"remote": staticmethod(remote)})
+
+
+@pytest.fixture
+def ray_get(monkeypatch):
+    """What the fakes' calls return is their result, or the error to raise."""
+
+    def get(results, timeout=None):
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+        return results
+
+    monkeypatch.setattr("rollout.rollout_actor.ray.get", get)
+
+
+def updating_pool(engines):
+    pool = RolloutPool(engines, max_concurrent=8, timeout_s=5)
+    pool.connect(lambda callback: callback(), lambda r: None)
+    return pool
+
+
+def test_every_engine_loads_every_bucket_in_order_and_generation_goes_on_afterwards(ray_get):
+    engines = [UpdatingEngine(), UpdatingEngine()]
+    pool = updating_pool(engines)
+    pool.submit(prompts(2))
+    seen = []
+
+    def messages():
+        for number in range(3):
+            for engine in engines:
+                engine.finish()  # an engine that is asked between two buckets finishes nothing
+            seen.append([len(engine.asked) for engine in engines])
+            yield f"bucket {number}"
+
+    before = [len(engine.advance.calls) for engine in engines]
+    pool.update_weights(7, messages())
+    expected = [("start_update",), *[("load_update", f"bucket {n}") for n in range(3)], ("finish_update", 7)]
+    assert [engine.asked for engine in engines] == [expected, expected]
+    assert seen == [[1, 1], [2, 2], [3, 3]]  # the next bucket is asked for while the one before is loaded
+    # Nobody kept asking during the update; afterwards engines with work are asked again.
+    for engine, calls in zip(engines, before, strict=True):
+        still_open = sum(not future.done() for _, future in engine.advance.calls)
+        assert still_open == 2 and len(engine.advance.calls) - calls <= 2
+
+
+def test_an_engine_that_fails_in_an_update_is_why_the_sender_waits_in_vain(ray_get):
+    def stuck():
+        yield "bucket"
+        raise TimeoutError("the trainer sent no weights in 5 s")
+
+    with pytest.raises(RuntimeError, match="load_update failed"):
+        updating_pool([UpdatingEngine(failing=("load_update",))]).update_weights(1, stuck())
+    with pytest.raises(TimeoutError, match="sent no weights"):
+        updating_pool([UpdatingEngine()]).update_weights(1, stuck())
 
 
 def test_groups_go_to_the_teacher_that_is_free():

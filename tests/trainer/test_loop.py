@@ -18,11 +18,12 @@ from trainer.weight_sync import SyncReport
 class World:
     """A learner, a pipeline and a sync in one; events in the order in which they happened."""
 
-    def __init__(self, *, push_s=0.0, max_staleness=0, fails_at=None):
+    def __init__(self, *, push_s=0.0, max_staleness=0, fails_at=None, stop_after=None):
         self.events = []
         self.push_s = push_s
         self.max_staleness = max_staleness
         self.fails_at = fails_at
+        self.stop_after = stop_after
         self.window = threading.Condition()
         self.released = -1
         self.error = None
@@ -45,6 +46,8 @@ class World:
             self.window.notify()
 
     def take(self):
+        if self.stop_after is not None and f"train {self.stop_after}" in self.events:
+            return None
         step = self.next_step
         self.next_step += 1
         with self.window:
@@ -75,7 +78,7 @@ class World:
         (folder / "weights").write_text("x")
 
 
-def run(world, folder, *, steps=3, completed=0, stop_after=None, evaluate=lambda step: {}, **span):
+def run(world, folder, *, steps=3, completed=0, evaluate=lambda step: {}, **span):
     folder.mkdir(exist_ok=True)
     shown = []
     parts = Parts(
@@ -85,7 +88,6 @@ def run(world, folder, *, steps=3, completed=0, stop_after=None, evaluate=lambda
         evaluate=evaluate,
         records=Records(folder, str, rollouts_every=0, rollouts_kept=1, completed_steps=completed),
         report=shown.append,
-        stop_requested=lambda: stop_after is not None and f"train {stop_after}" in world.events,
     )
     settings = {"checkpoint_every": 0, "keep_last": 2, "best": Best(None)} | span
     train(
@@ -126,10 +128,11 @@ def test_a_push_that_fails_ends_the_run_with_its_error(tmp_path, max_staleness):
 
 
 def test_a_stop_saves_and_generates_nothing_more(tmp_path):
-    world = World()
+    world, evaluated = World(stop_after=2), []
     with pytest.raises(Interrupted, match="after step 2"):
-        run(world, tmp_path / "run", steps=9, stop_after=2)
+        run(world, tmp_path / "run", steps=9, evaluate=lambda step: evaluated.append(step) or {})
     assert "take 3" not in world.events and world.events[-2:] == ["save", "closed"]
+    assert evaluated == [1]
     assert checkpoint.newest(tmp_path / "run" / "checkpoints").step == 2
 
 

@@ -199,6 +199,9 @@ def test_the_best_checkpoint_stays(tmp_path):
     resumed = Best.resumed("divergence", best.state())
     assert not resumed.update(12, {"eval/divergence": 0.21}) and resumed.update(14, {"eval/divergence": 0.1})
     assert Best.resumed("exact_match", best.state()).step is None  # another metric starts anew
+    broken = Best("divergence", step=2, value=0.5)
+    assert not broken.update(3, {"eval/divergence": math.nan}) and broken.step == 2
+    assert not Best("divergence").update(1, {"eval/divergence": math.inf})
     rising = Best("exact_match")
     assert rising.update(1, {"eval/exact_match": 0.1}) and not rising.update(2, {"eval/exact_match": 0.05})
     assert rising.update(3, {"eval/exact_match": 0.2}) and not Best(None).update(1, {"eval/exact_match": 1.0})

@@ -8,6 +8,7 @@ from batches import scored_batch, step, student_settings
 from tiny import make_model, save_model
 
 from gkd.types import ScoredRollout
+from trainer.deepspeed_checkpoint import trained_weights
 from trainer.export import write_tensors
 from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights
 from trainer.student import Student
@@ -94,6 +95,55 @@ def test_merged_weights_are_what_peft_merges(model):
     assert own.keys() == expected.keys()
     for name, tensor in own.items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": LORA}, {"lora": LORA, "gradient_checkpointing": True}])
+def test_sharding_changes_nothing(model, changes):
+    """ZeRO 1 to 3, a tied head included: losses, and the weights that leave."""
+    plain, reports = trained(model, **changes)
+    expected = dict(plain._synced_weights())
+    for zero_stage in (1, 2, 3):
+        student, sharded = trained(model, zero_stage=zero_stage, **changes)
+        assert [r.loss for r in sharded] == pytest.approx([r.loss for r in reports], rel=1e-5)
+        weights = dict(student._synced_weights())
+        assert weights.keys() == expected.keys()
+        for name, tensor in weights.items():
+            if not name.endswith("k_proj.bias"):  # its gradient is rounding noise, which Adam scales up
+                torch.testing.assert_close(tensor, expected[name], rtol=1e-3, atol=2e-4, msg=name)
+
+
+@pytest.mark.parametrize(("offload", "zero_stage"), [("optimizer", 1), ("optimizer", 2), ("all", 3)])
+def test_what_is_offloaded_learns_alike_and_goes_on_bit_for_bit(model, offload, zero_stage, tmp_path):
+    settings = {"engine": {"offload": offload}, "zero_stage": zero_stage}
+    _, kept = trained(model)
+    student, away = trained(model, **settings)
+    assert [r.loss for r in away] == pytest.approx([r.loss for r in kept], rel=1e-5)
+    student.save(tmp_path)
+    again = Student(student_settings(model, rows=18, **settings))
+    again.load(tmp_path)
+    assert step(again, 4, BATCHES[0]).loss == step(student, 4, BATCHES[0]).loss
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_saved_bfloat16_student_goes_on_bit_for_bit_and_exports(model, zero_stage, tmp_path):
+    settings = {"engine": {"dtype": "bfloat16"}, "zero_stage": zero_stage}
+    student, _ = trained(model, **settings)
+    student.save(tmp_path)
+    saved = trained_weights(tmp_path, zero_stage=zero_stage, has_frozen=False)
+    for name, tensor in student._synced_weights():
+        torch.testing.assert_close(saved[name].to(torch.bfloat16), tensor, rtol=0, atol=0, msg=name)
+    again = Student(student_settings(model, rows=18, **settings))
+    again.load(tmp_path)
+    assert step(again, 4, BATCHES[0]).loss == step(student, 4, BATCHES[0]).loss
+
+
+def test_bfloat16_gradients_add_up_in_float32(model):
+    settings = {"engine": {"dtype": "bfloat16"}, "zero_stage": 2}
+    norms = []
+    for tokens in (4096, 1):
+        student = Student(student_settings(model, rows=18, **settings))
+        norms.append(step(student, 1, BATCHES[0], tokens_per_micro_batch=tokens).grad_norm)
+    assert norms[1] == pytest.approx(norms[0], rel=5e-3)
 
 
 @pytest.mark.parametrize("zero_stage", [0, 1, 2])
