@@ -59,8 +59,8 @@ def make_inputs() -> None:
     (FOLDER / "prompts.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def bench_gkd(console: Console) -> dict[str, float]:
-    """Our step and its parts, from the metrics of a run."""
+def bench_gkd(console: Console, *, max_staleness: int) -> dict[str, float]:
+    """Our step and its parts, from the metrics of a run; above staleness 0 generation runs ahead of training."""
     from gkd.config import parse_config
     from launch.train import run_training
 
@@ -78,14 +78,24 @@ def bench_gkd(console: Console) -> dict[str, float]:
                 "learning_rate": 1e-4,
                 "checkpoint_every": 0,
             },
+            "sync": {"max_staleness": max_staleness},
         }
     )
     run_training(config, console)
-    lines = [json.loads(line) for line in (FOLDER / "gkd" / "metrics.jsonl").read_text().splitlines()][WARM_UP:]
+    lines = [json.loads(line) for line in (FOLDER / "gkd" / "metrics.jsonl").read_text().splitlines()][WARM_UP:-1]
     assert all(line["tokens/generated"] == BATCH * NEW_TOKENS for line in lines), "the number of tokens is fixed"
     return {
         key: statistics.median(line[key] for line in lines)
-        for key in ("time/step_s", "time/rollout_s", "time/teacher_s", "time/train_s", "sync/seconds")
+        for key in (
+            "time/step_s",
+            "time/rollout_s",
+            "time/teacher_s",
+            "time/train_s",
+            "time/train_wait_s",
+            "time/rollout_wait_s",
+            "time/teacher_wait_s",
+            "sync/seconds",
+        )
     }
 
 
@@ -110,8 +120,12 @@ def bench_parts() -> dict[str, float]:
         max_new_tokens=NEW_TOKENS,
         max_model_len=PROMPT_TOKENS + NEW_TOKENS,
         max_concurrent=256,
+        dtype="float32",
+        tensor_parallel_size=1,
+        adapter=None,
         vocabulary=VOCABULARY,
         stop_ids=(),
+        logprobs=False,
         probe_prompts=((1,),),
         on_gpu=False,
         kv_cache_gib=1.0,
@@ -225,7 +239,9 @@ def main() -> None:
     make_inputs()
     with ray_session():
         with console.status("our step"):
-            ours = bench_gkd(console)
+            ours = bench_gkd(console, max_staleness=0)
+        with console.status("our step, streaming"):
+            streaming = bench_gkd(console, max_staleness=1)
         with console.status("the parts alone"):
             parts = bench_parts()
     assert not ray.is_initialized()
@@ -238,8 +254,10 @@ def main() -> None:
         "machine": {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__},
         "trl_step_s": trl_s,
         "gkd": ours,
+        "gkd_streaming": streaming,
         "parts_alone": parts,
         "speedup_over_trl": trl_s / ours["time/step_s"],
+        "streaming_over_sync": streaming["time/step_s"] / ours["time/step_s"],
         "step_over_parts": ours["time/step_s"] / floor_s,
     }
     text = json.dumps(summary, indent=1) + "\n"
@@ -249,6 +267,7 @@ def main() -> None:
     table = Table("", "seconds", title=summary["task"])
     table.add_row("TRL GKDTrainer step", f"{trl_s:.3f}")
     table.add_row("gkd step", f"{ours['time/step_s']:.3f}")
+    table.add_row("gkd step, staleness 1", f"{streaming['time/step_s']:.3f}")
     for name, seconds in parts.items():
         table.add_row(f"  {name.removesuffix('_s')} alone", f"{seconds:.3f}")
     console.print(table)
