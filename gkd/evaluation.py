@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from gkd.divergences import Divergence
+from gkd.logits import Logits, map_chunks
 from gkd.packing import pack
 from gkd.response_forward import ResponseForward
-from gkd.signals import TeacherSignal
+from gkd.teacher_view import TeacherView, raised
 from gkd.types import Rollout
 
 
@@ -23,22 +24,36 @@ def exact_match(responses: Sequence[str], references: Sequence[str]) -> float:
     return sum(response.strip() == reference.strip() for response, reference in pairs) / len(responses)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def divergence_sum(
-    forward: ResponseForward, rollouts: Sequence[Rollout], signals: Sequence[TeacherSignal], divergence: Divergence
+    forward: ResponseForward,
+    rollouts: Sequence[Rollout],
+    teacher: TeacherView,
+    divergence: Divergence,
+    *,
+    rows: int,
+    temperature: float = 1.0,
 ) -> tuple[float, int]:
     """Sum of a divergence over the response tokens in the loss, and their number; their quotient is the mean per token.
 
     Args:
         forward: the student, in eval mode.
         rollouts: whose responses are compared, in one forward pass: the caller bounds how many.
-        signals: the teacher's full logits, one per rollout.
-        divergence: at temperature 1, over the rows that the signals hold.
+        teacher: its view of those responses, in the same order.
+        divergence: what is summed.
+        rows: V.
+        temperature: divides both logits.
     """
     packed = pack([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], share_rows=forward.share_rows)
-    teacher_TV = torch.cat([signal.tensor() for signal in signals]).to(forward.device).float()
-    student_TV = forward(packed)[:, : teacher_TV.shape[-1]].float()
     flags = [rollout.loss_mask or (True,) * len(rollout.response_ids) for rollout in rollouts]
     mask_T = torch.tensor([flag for one in flags for flag in one], dtype=torch.bool, device=forward.device)
-    counted = divergence(student_TV, teacher_TV)[mask_T]
+
+    def per_token(student: Logits) -> torch.Tensor:
+        def of(span: slice) -> tuple[torch.Tensor]:
+            return (divergence(*teacher.pair(raised(student.rows(span)), span, temperature=temperature)),)
+
+        (loss_T,) = map_chunks(of, num_tokens=student.num_tokens, num_rows=rows, device=student.device)
+        return loss_T
+
+    counted = forward.through(packed, per_token, num_rows=rows)[mask_T]
     return counted.double().sum().item(), len(counted)

@@ -1,8 +1,9 @@
-"""Logits of a causal language model at response positions only, whatever its architecture.
+"""A causal language model at response positions only, whatever its architecture.
 
-Everything after the last hidden state (head, bias, scale, softcap) is the model's own code: a hook on the decoder keeps
-the hidden states that predict response tokens and drops the rest, so `[all positions, vocabulary]` is never computed.
-Legend: R rows, S positions, T response tokens, H hidden width, V rows of the head.
+A hook on the decoder keeps the hidden states that predict response tokens and drops the rest, so `[all positions,
+vocabulary]` is never computed. Where the head can be applied on its own (`gkd.head`), not even `[response positions,
+vocabulary]` is: `through` hands out logits that are made a few tokens at a time. Legend: R rows, S positions, T
+response tokens, H hidden width, V rows of the head.
 """
 
 from collections.abc import Callable
@@ -10,14 +11,19 @@ from typing import Any
 
 import torch
 
+from gkd.head import Head, read_finish
+from gkd.logits import HeadLogits, Logits, WholeLogits
 from gkd.packing import PackedRows, pack
+
+Use = Callable[[Logits], torch.Tensor]
+"""What is made of the logits [T, V]: a scalar or per-token values, with their graph."""
 
 
 class ResponseForward:
-    """Runs a Hugging Face causal language model and returns logits [T, V] at the response positions."""
+    """Runs a Hugging Face causal language model for its response positions."""
 
     def __init__(self, model: Any, *, run: Callable[..., Any] | None = None) -> None:
-        """Hook the model's decoder.
+        """Hook the model.
 
         Args:
             model: a `PreTrainedModel` for causal language modelling.
@@ -29,22 +35,82 @@ class ResponseForward:
         self._model = model
         self._run = run or model
         self._selected_T: torch.Tensor | None = None
-        model.get_decoder().register_forward_hook(self._select)
+        self._use: Use | None = None
+        self._use_rows = 0
+        self._decoder = model.get_decoder()
+        self._decoder.register_forward_hook(self._select)
+        self._whole_forward = model.forward
+        model.forward = self._forward
+        self._linear = model.get_output_embeddings()
+        self._linear_forward = self._linear.forward
+        self._linear.forward = self._apply_linear
+        self._finish = read_finish(model.config)
         self.device = next(model.parameters()).device
         self.share_rows = False
+        self.has_own_head = True
         self.num_head_rows = self._check_selection()
         # Where rounding hides a small leak (bfloat16) sharing is given up early: all that costs is padding.
         self.share_rows = self.packing_gap() < (1e-3 if _is_float32(model) else 0.05)
 
     def __call__(self, packed: PackedRows) -> torch.Tensor:
         """Logits [T, V] at temperature 1, in the model's dtype; gradients as the caller's context has them."""
+        return self._at_responses(packed).logits[0]
+
+    def through(self, packed: PackedRows, use: Use, *, num_rows: int) -> torch.Tensor:
+        """What `use` makes of the logits of the first `num_rows` rows.
+
+        `use` is called within the forward pass, where all ranks have the head's weights whole (ZeRO 3 gathers them for
+        one call of the head, and this is that call): whatever it does with the logits costs no further gathering.
+
+        Returns:
+            What `use` returned, ready for backward.
+        """
+        if not self.has_own_head:
+            return use(WholeLogits(self(packed)[:, :num_rows]))
+        self._use, self._use_rows = use, num_rows
+        try:
+            return self._at_responses(packed)
+        finally:
+            self._use = None
+
+    def hidden(self, packed: PackedRows) -> torch.Tensor:
+        """Last hidden states [T, H]: what the head turns into the logits at the response positions."""
+        found = []
+
+        def keep(logits: Logits) -> torch.Tensor:
+            assert isinstance(logits, HeadLogits)
+            found.append(logits.hidden_TH)
+            return logits.hidden_TH.sum()
+
+        self.through(packed, keep, num_rows=self.num_head_rows)
+        return found[0]
+
+    @property
+    def head(self) -> Head:
+        """The head as a function of hidden states [T, H]; under ZeRO 3 only within `through`."""
+        return lambda hidden_TH: self._finish(self._linear_forward(hidden_TH))
+
+    def _at_responses(self, packed: PackedRows) -> Any:
         positions = {} if packed.position_ids_RS is None else {"position_ids": packed.position_ids_RS.to(self.device)}
         self._selected_T = packed.response_index_T.to(self.device)
         try:
-            output = self._run(input_ids=packed.input_ids_RS.to(self.device), use_cache=False, **positions)
+            return self._run(input_ids=packed.input_ids_RS.to(self.device), use_cache=False, **positions)
         finally:
             self._selected_T = None
-        return output.logits[0]
+
+    def _forward(self, *args: Any, **inputs: Any) -> Any:
+        """In the place of the model's own forward pass: up to the head, whose logits somebody uses one by one."""
+        if self._use is None:
+            return self._whole_forward(*args, **inputs)
+        # Wrappers (peft) add arguments that say nothing.
+        given = {name: value for name, value in inputs.items() if value is not None}
+        return self._linear(self._decoder(**given)[0])
+
+    def _apply_linear(self, hidden: torch.Tensor) -> torch.Tensor:
+        """In the place of the head's own forward pass."""
+        if self._use is None:
+            return self._linear_forward(hidden)
+        return self._use(HeadLogits(hidden[0], self.head, num_rows=self._use_rows))
 
     def _select(self, _module: Any, _args: Any, output: Any) -> Any:
         if self._selected_T is None:
@@ -70,6 +136,8 @@ class ResponseForward:
                 f"{type(self._model).__name__} does not compute its logits from its decoder's last hidden state alone "
                 f"(off by {gap:.2g}): this architecture is not supported"
             )
+        apart = self.through(packed, lambda logits: logits.rows(slice(0, logits.num_tokens)), num_rows=whole.shape[-1])
+        self.has_own_head = (apart - selected).abs().max().item() < tolerance
         return whole.shape[-1]
 
     @torch.no_grad()

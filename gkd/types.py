@@ -4,8 +4,10 @@ Token ids travel as they were sampled, never as text to be tokenised again. Lege
 V shared vocabulary rows.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
+
+import numpy as np
 
 from gkd.signals import TeacherSignal
 
@@ -71,6 +73,9 @@ class Rollout:
     """(min, max) weight version (completed optimizer steps) while it was generated; None for dataset text."""
     logprobs: tuple[float, ...] | None = None
     """T log-probabilities of the sampled tokens under the raw sampler distribution, in nats, where asked for."""
+    top_ids: np.ndarray | None = field(default=None, compare=False)
+    """[T, M] int32, the tokens that the student thought most probable when it sampled, -1 where there are fewer; None
+    where they were not asked for. They are scored by a teacher that sends a sparse signal."""
     num_cached_tokens: int = 0
     """Prompt tokens whose keys and values the engine had already, from another sample with the same prefix."""
     loss_mask: tuple[bool, ...] | None = None

@@ -8,6 +8,7 @@ import ray
 from gkd.config import Config
 from gkd.config.objective import DistillObjective, Reserved, SftObjective
 from gkd.interfaces import Scores
+from gkd.signals import SPARSE, SignalKind
 from gkd.types import Prompt, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
@@ -82,6 +83,9 @@ def build_parts(
         reduction=_objective(config).reduction,
         timeout_s=timeout_s,
     )
+    if facts.sizes.signal is SignalKind.HIDDEN_STATES:
+        assert config.teacher is not None
+        learner.take_heads({config.teacher.name: teachers[0].head.remote()})
     if start.checkpoint is not None:
         learner.load(start.checkpoint.folder)
     if engines:
@@ -164,6 +168,8 @@ def _evaluator(
             learner,
             divergence=config.objective.divergence,
             temperature=config.rollout.temperature,
+            # Sparse signals cannot be brought to another temperature than the loss's.
+            loss_temperature=config.objective.temperature if facts.sizes.signal in SPARSE else 1.0,
             group_tokens=config.teacher.tokens_per_batch,
             group_sequences=config.teacher.sequences_per_batch,
         )
@@ -222,7 +228,16 @@ def _mixer(config: Config, facts: Facts) -> Mixer:
 
 def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
     assert config.teacher is not None and facts.teacher is not None
-    return TeacherSettings(model=facts.teacher.path, dtype=config.teacher.dtype, rows=facts.rows)
+    assert facts.sizes.signal is not None
+    return TeacherSettings(
+        name=config.teacher.name,
+        model=facts.teacher.path,
+        dtype=config.teacher.dtype,
+        rows=facts.rows,
+        signal=facts.sizes.signal,
+        top_k=config.teacher.top_k,
+        temperature=_objective(config).temperature,
+    )
 
 
 def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: bool) -> GeneratorSettings:
@@ -245,6 +260,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         vocabulary=facts.num_tokens,
         stop_ids=facts.stop_ids,
         logprobs=False,  # no objective needs them yet; the probe always has them
+        top_ids=config.teacher.student_top_k if config.teacher and facts.sizes.signal is SignalKind.TOP_K else 0,
         probe_prompts=tuple(record.prompt_ids for record in shortest[:2]),
         on_gpu=on_gpu,
         kv_cache_gib=config.rollout.kv_cache_gib,

@@ -137,7 +137,7 @@ class _Scorer:
     ) -> None:
         settings = TeacherSettings(model=teacher.path, dtype="float32", rows=rows)
         self._teacher = workers.start("teacher", TeacherActor, settings)
-        measured = EvaluationSettings(model=student.path, divergence=divergence)
+        measured = EvaluationSettings(model=student.path, divergence=divergence, rows=rows)
         self._student = workers.start("student", EvaluationActor, measured)
 
     def mean(self, rollouts: Sequence[Rollout]) -> tuple[float | None, int]:

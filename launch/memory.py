@@ -13,7 +13,10 @@ from pathlib import Path
 
 from gkd.config import Config
 from gkd.config.objective import ForwardKl, ReverseKl, SftObjective
+from gkd.logits import tokens_at_once
+from gkd.signals import SignalKind
 from launch.architecture import Architecture
+from launch.signal_choice import signal_bytes
 
 GIB = 2**30
 _BYTES = {"float32": 4, "bfloat16": 2}
@@ -33,6 +36,8 @@ class Sizes:
     """Parameters of the LoRA adapter; 0 where all weights are trained."""
     rows: int
     """V: vocabulary rows in the loss."""
+    signal: SignalKind | None
+    """What the teacher workers send; None where there are none."""
     longest_prompt: int
     """In tokens."""
     longest_response: int
@@ -68,7 +73,7 @@ def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
     if config.needs_engine:
         parts = _rollout(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
-    if config.needs_teacher_workers and config.teacher is not None and sizes.teacher is not None:
+    if config.teacher is not None and sizes.signal is not None:
         needs.append(Need(worker="teacher", num=config.teacher.num_actors, parts=_teacher(config, sizes)))
     if not on_gpu:
         needs = [Need(worker=n.worker, num=n.num, parts=n.parts | {"libraries": _LIBRARIES}) for n in needs]
@@ -84,7 +89,7 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - optimizer: 8 n for AdamW's two moments, over R with ZeRO 1-3
     - master weights: 4 n, over R likewise. ZeRO keeps them even where the weights are float32 already
     - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
-    - logits: 4 T V times the number of such tensors that the objective holds at once
+    - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time
     - weight buckets: one gathered and one packed
     """
     trainer, student = config.trainer, sizes.student
@@ -108,7 +113,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
         parts["activations"] = student.num_layers * positions * student.hidden_size * width + per_layer
     else:
         parts["activations"] = student.num_layers * per_layer
-    parts["logits"] = 4 * responses * sizes.rows * _logit_tensors(config)
+    at_once = tokens_at_once(responses, sizes.rows, "cuda" if on_gpu else "cpu")
+    parts["logits"] = 4 * at_once * sizes.rows * _logit_tensors(config)
     if config.needs_engine:
         largest = (sizes.adapter and width) or student.largest_parameter * width
         parts["weight buckets"] = 2 * max(int(config.sync.bucket_mib * 2**20), largest)
@@ -133,7 +139,7 @@ def _activations(model: Architecture, positions: int, width: int) -> int:
 
 
 def _logit_tensors(config: Config) -> int:
-    """Float32 [T, V] tensors at the peak of objective and backward pass, both models' logits included; measured."""
+    """Float32 [t, V] tensors at the peak of objective and backward pass, both models' logits included; measured."""
     if isinstance(config.objective, SftObjective):
         return 5
     divergence = getattr(config.objective, "divergence", None)
@@ -165,7 +171,7 @@ def _teacher(config: Config, sizes: Sizes) -> dict[str, int]:
 
     - weights: P w
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
-    - logits: w T V, twice: as computed and as sent
+    - signals: of T tokens, twice: as computed and as sent
     """
     assert config.teacher is not None and sizes.teacher is not None
     width = _BYTES[config.teacher.dtype]
@@ -173,7 +179,7 @@ def _teacher(config: Config, sizes: Sizes) -> dict[str, int]:
     return {
         "weights": sizes.teacher.num_parameters * width,
         "activations": _activations(sizes.teacher, positions, width),
-        "logits": 2 * responses * sizes.rows * width,
+        "signals": 2 * responses * _signal_bytes(config, sizes),
     }
 
 
@@ -186,11 +192,17 @@ def _scoring_batch(config: Config, sizes: Sizes) -> tuple[int, int]:
     return positions, min(positions, sequences * sizes.longest_response)
 
 
+def _signal_bytes(config: Config, sizes: Sizes) -> int:
+    """Of one token."""
+    assert config.teacher is not None and sizes.teacher is not None and sizes.signal is not None
+    return signal_bytes(sizes.signal, config.teacher, rows=sizes.rows, hidden_size=sizes.teacher.hidden_size)
+
+
 def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     """Host memory that is nobody's own.
 
     - weights on their way: one version, P w or the adapter, unless they go from GPU to GPU
-    - teacher signals: w T V for every batch in the window, which is 1 + max_staleness
+    - teacher signals: of every batch in the window, which is 1 + max_staleness
     - offloaded: what the trainer's ranks keep in host memory
     """
     parts: dict[str, int] = {}
@@ -199,9 +211,9 @@ def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, in
     through_the_host = not on_gpu or sizes.adapter or config.sync.backend == "object_store"
     if config.needs_engine and through_the_host:
         parts["weights on their way"] = trained * width
-    if config.needs_teacher_workers and config.teacher is not None:
+    if sizes.signal is not None:
         tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_response
-        parts["teacher signals"] = tokens * sizes.rows * _BYTES[config.teacher.dtype]
+        parts["teacher signals"] = tokens * _signal_bytes(config, sizes)
     if on_gpu and trainer.offload != "none":
         parts["offloaded"] = 12 * trained + (sizes.student.num_parameters * width if trainer.offload == "all" else 0)
     return parts

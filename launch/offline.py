@@ -13,6 +13,7 @@ from launch.data import check_ids, path_field, tokenize_training
 from launch.memory import Sizes
 from launch.model_checks import check_student, read_student, read_teacher, shared_vocabulary
 from launch.preflight import Facts, check, check_settings, data_warnings
+from launch.signal_choice import choose_signal
 from rollout.records import Record, read_records
 
 
@@ -90,11 +91,13 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         check_ids(config, data, student, teacher, num_tokens, section="train")
         notes += [warning for warning in data_warnings(config, student, teacher, data, records) if warning]
         longest_prompt = data.longest_prompt
+    rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
     sizes = Sizes(
         student=architecture,
         teacher=teacher_architecture,
         adapter=adapter,
-        rows=shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens),
+        rows=rows,
+        signal=choose_signal(config, teacher_architecture, rows=rows),
         longest_prompt=longest_prompt,
         longest_response=config.rollout.max_new_tokens,
     )

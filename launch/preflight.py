@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gkd.config import Config
-from gkd.config.objective import Reserved
 from gkd.errors import UserError
-from gkd.objectives import build_objective
 from gkd.vocabulary import shared_rows
 from launch.architecture import read_architecture
 from launch.data import check_ids, overlong_warning, read_held_out, read_training, tokenize_held_out, tokenize_training
@@ -22,6 +20,7 @@ from launch.model_checks import (
 from launch.models import ModelFacts
 from launch.outputs import check_folder
 from launch.ray_session import joins_cluster
+from launch.signal_choice import check_signal, choose_signal
 from rollout.records import Record, fingerprint
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
@@ -86,11 +85,13 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     response_room = config.rollout.max_new_tokens if config.needs_engine else 0
     longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
     rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
+    teacher_architecture = read_architecture(teacher.path, field="teacher.model") if teacher else None
     sizes = Sizes(
         student=architecture,
-        teacher=read_architecture(teacher.path, field="teacher.model") if teacher else None,
+        teacher=teacher_architecture,
         adapter=adapter,
         rows=rows,
+        signal=choose_signal(config, teacher_architecture, rows=rows),
         longest_prompt=longest_prompt,
         longest_response=max(response_room, _longest_completion(data)),
     )
@@ -124,7 +125,7 @@ def check_settings(config: Config) -> None:
         UserError: for the first thing found wrong.
     """
     check_folder(config.run.output_dir, field="run.output_dir")
-    _check_signal(config)
+    check_signal(config)
 
 
 def _check_answers(config: Config, answers: Sequence[str | None]) -> None:
@@ -135,19 +136,6 @@ def _check_answers(config: Config, answers: Sequence[str | None]) -> None:
             config.eval.metrics,
             f"include exact_match, and no record of {config.data.eval[0].path} has a completion to compare with.",
             "Add completions, or measure the divergence alone.",
-        )
-
-
-def _check_signal(config: Config) -> None:
-    """The objective's parts can be imported, and the teacher gives what it requires."""
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
-    required = build_objective(config.objective).requires
-    if required and config.teacher is not None and config.teacher.signal not in required:
-        raise UserError(
-            "teacher.signal",
-            config.teacher.signal,
-            f"is not what the {config.objective.type} objective requires.",
-            f"Use {' or '.join(sorted(required))}.",
         )
 
 

@@ -12,10 +12,12 @@ import torch
 
 from gkd.config.objective import DistillObjective, SftObjective
 from gkd.errors import UserError
+from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs, build_objective
 from gkd.packing import pack
 from gkd.reduce import sequence_token_weights, weighted_sum
 from gkd.response_forward import ResponseForward
+from gkd.teacher_view import WholeView
 from launch.models import head_width
 
 _TOLERANCE = 1e-5
@@ -90,10 +92,13 @@ def _check_zero(forward: ResponseForward, config: DistillObjective) -> None:
     student_TV.retain_grad()
     output = objective(
         ObjectiveInputs(
-            student_logits_TV=student_TV,
-            teacher_logits_TV=teacher_TV,
+            student=WholeLogits(student_TV),
+            num_rows=rows,
+            teacher=WholeView(WholeLogits(teacher_TV)),
             response_ids_T=packed.response_ids_T,
             mask_T=torch.ones_like(packed.response_ids_T, dtype=torch.bool),
+            lengths=packed.response_lengths,
+            on_policy_N=torch.ones(len(prompts), dtype=torch.bool),
         )
     )
     token_weights = torch.tensor(sequence_token_weights(packed.response_lengths, config.reduction))

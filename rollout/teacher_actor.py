@@ -8,6 +8,7 @@ from typing import Any
 
 import ray
 
+from gkd.head import HeadWeights
 from gkd.interfaces import GroupKey, Post, ScoredGroup, SignalRef
 from gkd.signals import TeacherSignal
 from gkd.types import Rollout
@@ -29,12 +30,16 @@ class TeacherActor:
         """Returns once the model is loaded."""
         return True
 
+    def head(self) -> HeadWeights:
+        """What turns its hidden states into logits."""
+        return self._teacher.head()
+
     @ray.method(num_returns=2)
     def score(self, rollouts: Sequence[Rollout]) -> tuple[tuple[float, int], list[TeacherSignal]]:
         """(seconds, bytes), and the signals: two objects, so that the driver reads the first and never the second."""
         start = time.perf_counter()
         signals = self._teacher.score(rollouts)
-        num_bytes = sum(signal.logits_TV.nbytes for signal in signals)
+        num_bytes = sum(signal.num_bytes for signal in signals)
         return (time.perf_counter() - start, num_bytes), signals
 
 

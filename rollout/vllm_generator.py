@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from gkd.interfaces import WeightUpdate
 from gkd.seeds import derive_seed
 from gkd.types import Prompt, Rollout, SampleId
@@ -52,6 +54,8 @@ class GeneratorSettings:
     """Tokens that end a response."""
     logprobs: bool
     """Return the sampled tokens' log-probabilities with every rollout; costs about a third of a tiny model's speed."""
+    top_ids: int = 0
+    """Return so many of the most probable tokens of every position with every rollout; implies `logprobs`."""
     probe_prompts: tuple[tuple[int, ...], ...]
     """Prompts of the served = trained proof."""
     on_gpu: bool
@@ -111,6 +115,7 @@ class VllmGenerator:
             "additional_config": {"gkd_vocabulary": settings.vocabulary},
             # What is waited for (probes, answers) goes before the prompts that queue for a later step.
             "scheduling_policy": "priority",
+            "max_logprobs": max(settings.top_ids, 1),
             "generation_config": "vllm",  # sampling is the config's alone, not what a model's folder suggests
         }
         if settings.adapter:
@@ -145,7 +150,9 @@ class VllmGenerator:
                 self._settings.seed, "rollout", identity.epoch, identity.prompt_index, identity.sample_index
             )
             name = f"{identity.epoch}-{identity.prompt_index}-{identity.sample_index}"
-            params = self._sampling_params(seed=seed, temperature=temperature, logprobs=self._settings.logprobs)
+            params = self._sampling_params(
+                seed=seed, temperature=temperature, logprobs=self._settings.logprobs, top_ids=self._settings.top_ids
+            )
             self._add_request(name, prompt, params, salt="rollout")
 
     def step(self) -> list[Rollout]:
@@ -224,7 +231,13 @@ class VllmGenerator:
         self._engine.add_request(name, request, params, lora_request=self._weights.lora_request, priority=priority)
 
     def _sampling_params(
-        self, *, seed: int, logprobs: bool = False, temperature: float | None = None, max_tokens: int | None = None
+        self,
+        *,
+        seed: int,
+        logprobs: bool = False,
+        top_ids: int = 0,
+        temperature: float | None = None,
+        max_tokens: int | None = None,
     ) -> Any:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -237,7 +250,8 @@ class VllmGenerator:
             top_p=settings.top_p if temperature else 1.0,
             max_tokens=room,
             seed=seed if temperature else None,
-            logprobs=0 if logprobs else None,
+            logprobs=top_ids if top_ids or logprobs else None,
+            flat_logprobs=True,
             stop_token_ids=list(settings.stop_ids),
             ignore_eos=True,  # the stop ids above are complete; vLLM would add the model's own
             output_kind=RequestOutputKind.FINAL_ONLY,
@@ -249,7 +263,7 @@ class VllmGenerator:
         flight = self._in_flight.pop(output.request_id)
         response = tuple(completion.token_ids)
         assert completion.finish_reason in ("stop", "length"), f"a request ended by {completion.finish_reason}"
-        logprobs = completion.logprobs
+        logprobs, top_ids = _logprobs(completion.logprobs, self._settings.vocabulary)
         return Rollout(
             id=flight.prompt.id,
             prompt_ids=flight.prompt.token_ids,
@@ -258,7 +272,20 @@ class VllmGenerator:
             source="student",
             versions=(flight.first_version, self._version),
             num_cached_tokens=output.num_cached_tokens or 0,
-            logprobs=tuple(at[token].logprob for at, token in zip(logprobs, response, strict=True))
-            if logprobs is not None
-            else None,
+            logprobs=logprobs,
+            top_ids=top_ids,
         )
+
+
+def _logprobs(flat: Any, vocabulary: int) -> tuple[tuple[float, ...] | None, np.ndarray | None]:
+    """The sampled tokens' log-probabilities [T], and the most probable tokens [T, M], each where it was asked for.
+
+    vLLM's flat form holds for every position the sampled token, then the most probable ones.
+    """
+    if flat is None:
+        return None, None
+    width = len(flat.token_ids) // max(len(flat), 1)
+    logprobs = np.asarray(flat.logprobs, dtype=np.float32).reshape(len(flat), width)
+    ids = np.asarray(flat.token_ids, dtype=np.int32).reshape(len(flat), width)[:, 1:]
+    # Rows of the head beyond the tokenizer have log-probabilities, too, and mean nothing.
+    return tuple(logprobs[:, 0].tolist()), np.where(ids < vocabulary, ids, -1) if width > 1 else None

@@ -11,6 +11,7 @@ from gkd.evaluation import divergence_sum
 from gkd.model_loading import load_causal_lm
 from gkd.objectives import build_divergence
 from gkd.response_forward import ResponseForward
+from gkd.teacher_view import view_of
 from gkd.types import Rollout
 
 
@@ -22,6 +23,8 @@ class EvaluationSettings:
     """Folder or hub name of the student."""
     divergence: DivergenceConfig
     """The divergence to the teacher."""
+    rows: int
+    """Vocabulary rows that both share."""
 
 
 @ray.remote
@@ -31,6 +34,7 @@ class EvaluationActor:
     def __init__(self, settings: EvaluationSettings) -> None:
         self._forward = ResponseForward(load_causal_lm(settings.model, dtype="float32", init="pretrained"))
         self._divergence = build_divergence(settings.divergence)
+        self._rows = settings.rows
 
     def ready(self) -> bool:
         """Returns once the model is loaded."""
@@ -38,4 +42,5 @@ class EvaluationActor:
 
     def divergence(self, rollouts: Sequence[Rollout], signals: Any) -> tuple[float, int]:
         """Sum over response tokens, and their number."""
-        return divergence_sum(self._forward, rollouts, signals, self._divergence)
+        view = view_of(signals, {}, rows=self._rows, device=self._forward.device)
+        return divergence_sum(self._forward, rollouts, view, self._divergence, rows=self._rows)

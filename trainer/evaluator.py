@@ -26,6 +26,7 @@ class Comparer(Protocol):
         groups: Sequence[Sequence[SampleId]],
         signals: Sequence[Any],
         config: DivergenceConfig,
+        temperature: float,
     ) -> tuple[float, int]:
         """Sum over all response tokens, and their number."""
         ...
@@ -71,16 +72,18 @@ class Divergence:
         *,
         divergence: DivergenceConfig,
         temperature: float,
+        loss_temperature: float,
         group_tokens: int,
         group_sequences: int,
     ) -> None:
-        """`temperature` is of the samples; the divergence itself is at temperature 1."""
+        """`temperature` is of the samples, `loss_temperature` of the divergence."""
         self._prompts = held_out.prompts
         self._answers = answers
         self._scores = scores
         self._comparer = comparer
         self._divergence = divergence
         self._temperature = temperature
+        self._loss_temperature = loss_temperature
         self._group_tokens = group_tokens
         self._group_sequences = group_sequences
 
@@ -98,6 +101,7 @@ class Divergence:
                 [[rollout.id for rollout in group] for group in members],
                 self._scores.score_now(members),
                 self._divergence,
+                self._loss_temperature,
             )
             total, count = total + part, count + tokens
         return {"eval/divergence": total / count}

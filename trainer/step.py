@@ -5,18 +5,21 @@ Legend: T response tokens of a micro-batch, V shared vocabulary rows.
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
+from gkd.logits import Logits
 from gkd.objectives.base import Objective, ObjectiveInputs
-from gkd.packing import PackedRows, pack
+from gkd.packing import pack
 from gkd.reduce import weighted_sum
 from gkd.response_forward import ResponseForward
 from gkd.types import ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine
 from trainer.share import RankShare
+from trainer.teacher_source import TeacherSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,10 +44,6 @@ class TrainingDiverged(ArithmeticError):
     """The loss is not a number."""
 
 
-TeacherLogits = Callable[[Sequence[ScoredRollout], PackedRows], torch.Tensor | None]
-"""Where a micro-batch's teacher logits [T, V] come from; None where the objective needs none."""
-
-
 class TrainStep:
     """Turns a scored batch into one update of the student."""
 
@@ -54,14 +53,14 @@ class TrainStep:
         forward: ResponseForward,
         objective: Objective,
         *,
-        teacher_logits: TeacherLogits,
+        teacher: TeacherSource,
         rows: int,
     ) -> None:
         """`rows` is the number of vocabulary rows in the loss."""
         self._engine = engine
         self._forward = forward
         self._objective = objective
-        self._teacher_logits = teacher_logits
+        self._teacher = teacher
         self._rows = rows
 
     def __call__(self, samples: Sequence[ScoredRollout], share: RankShare, *, learning_rate: float) -> StepReport:
@@ -114,30 +113,26 @@ class TrainStep:
         mask_T = _loss_mask(members) if places else torch.zeros(len(packed.response_ids_T), dtype=torch.bool)
         token_weights = torch.tensor([weights[i] for i in places or (stand_in,)])
         weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths)).to(device)
-        teacher_TV = self._teacher_logits(members, packed)
-        output = self._objective(
-            ObjectiveInputs(
-                student_logits_TV=self._forward(packed)[:, : self._rows],
-                teacher_logits_TV=None if teacher_TV is None else teacher_TV.to(device),
-                response_ids_T=packed.response_ids_T.to(device),
-                mask_T=mask_T.to(device),
-            )
+        inputs = partial(
+            ObjectiveInputs,
+            num_rows=self._rows,
+            teacher=self._teacher.view(members),
+            response_ids_T=packed.response_ids_T.to(device),
+            mask_T=mask_T.to(device),
+            lengths=packed.response_lengths,
+            on_policy_N=torch.tensor([s.rollout.source == "student" for s in members]).to(device),
         )
-        loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
+        sums = {"tokens": float(mask_T.sum())}
+
+        def loss_of(logits: Logits) -> torch.Tensor:
+            output = self._objective(inputs(student=logits))
+            for name, values_T in output.metrics_T.items():
+                sums[name] = weighted_sum(values_T, weights_T, output.mask_T).item()
+            return weighted_sum(output.loss_T, weights_T, output.mask_T)
+
+        loss = self._forward.through(packed, loss_of, num_rows=self._rows)
         self._engine.backward(loss)
-        sums = {"total": loss.item(), "tokens": float(mask_T.sum())}
-        for name, values_T in output.metrics_T.items():
-            sums[name] = weighted_sum(values_T, weights_T, output.mask_T).item()
-        return sums
-
-
-def signal_logits(samples: Sequence[ScoredRollout], _packed: PackedRows) -> torch.Tensor | None:
-    """Teacher logits [T, V] as the teacher workers sent them; None if none was asked."""
-    signals = [s.signal for s in samples if s.signal is not None]
-    if not signals:
-        return None
-    assert len(signals) == len(samples), "either every sample of a batch is scored or none is"
-    return torch.cat([signal.tensor() for signal in signals])
+        return sums | {"total": loss.item()}
 
 
 def _loss_mask(samples: Sequence[ScoredRollout]) -> torch.Tensor:

@@ -3,7 +3,7 @@
 With several ranks every method is called on all of them, in the same order: most hold a part of the weights only.
 """
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,21 +12,22 @@ import torch
 
 from gkd.config.objective import DistillObjective, DivergenceConfig, SftObjective
 from gkd.evaluation import divergence_sum
+from gkd.head import HeadWeights
 from gkd.importing import load_object
 from gkd.interfaces import WeightSender, WeightUpdate
 from gkd.objectives import build_divergence, build_objective
-from gkd.packing import PackedRows, pack
+from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.seeds import derive_seed
-from gkd.signals import FullLogits, TeacherSignal
 from gkd.types import Rollout, ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from trainer.export import write_model
-from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights, write_adapter
+from trainer.lora import LoraSettings, adapter_weights, merged_weights, write_adapter
 from trainer.schedule import learning_rate
 from trainer.share import RankShare
-from trainer.step import StepReport, TrainStep, signal_logits
+from trainer.step import StepReport, TrainStep
 from trainer.student_model import load_student, training_mode
+from trainer.teacher_source import BaseAsTeacher, SentSignals, TeacherSource
 from trainer.weights import checkpoint_weights, tied_names
 
 Weights = Iterator[tuple[str, torch.Tensor]]
@@ -90,11 +91,15 @@ class Student:
         torch.manual_seed(settings.seed)
         self._engine = DeepSpeedEngine(self._model, settings.engine)
         self._forward = ResponseForward(self._base, run=self._engine.forward)
+        self._sent = SentSignals(rows=settings.rows, device=self._forward.device)
+        self._teacher: TeacherSource = (
+            BaseAsTeacher(self._model, self._forward, rows=settings.rows) if settings.base_is_teacher else self._sent
+        )
         self._step = TrainStep(
             self._engine,
             self._forward,
             build_objective(settings.objective),
-            teacher_logits=self._base_logits if settings.base_is_teacher else signal_logits,
+            teacher=self._teacher,
             rows=settings.rows,
         )
         self._sender: WeightSender = load_object(settings.sender, field="sync.backend")(**settings.sender_kwargs)
@@ -127,8 +132,12 @@ class Student:
         taken_T = log_p_TV.gather(-1, packed.response_ids_T.to(log_p_TV.device).unsqueeze(-1)).squeeze(-1)
         return [part.tolist() for part in taken_T.split(list(packed.response_lengths))]
 
+    def take_heads(self, heads: Mapping[str, HeadWeights]) -> None:
+        """The heads of the teachers that send hidden states, by name."""
+        self._sent.take_heads(heads)
+
     def divergence(
-        self, samples: Sequence[ScoredRollout], share: RankShare, config: DivergenceConfig
+        self, samples: Sequence[ScoredRollout], share: RankShare, config: DivergenceConfig, temperature: float
     ) -> tuple[float, int]:
         """Sum of a divergence to the teacher over the response tokens of all ranks' samples, and their number."""
         self._model.eval()
@@ -136,8 +145,12 @@ class Student:
         totals = {"sum": 0.0, "tokens": 0.0}
         for places in share.micro_batches:
             members = [samples[i] for i in places or (0,)]
+            view = self._teacher.view(members)
+            assert view is not None, "a divergence is measured where there is a teacher"
             rollouts = [member.rollout for member in members]
-            total, count = divergence_sum(self._forward, rollouts, self._signals(members), divergence)
+            total, count = divergence_sum(
+                self._forward, rollouts, view, divergence, rows=self._settings.rows, temperature=temperature
+            )
             if places:  # an empty pass only keeps this rank in step with the others
                 totals = {"sum": totals["sum"] + total, "tokens": totals["tokens"] + count}
         totals = self._engine.sum_over_ranks(totals)
@@ -207,29 +220,6 @@ class Student:
         for name, tensor in weights:
             self.sent_bytes += tensor.nbytes
             yield name, tensor
-
-    @torch.no_grad()
-    def _base_logits(self, _samples: Sequence[ScoredRollout], packed: PackedRows) -> torch.Tensor:
-        """The base's logits [T, V], without its adapter and without dropout."""
-        was_training = {module: module.training for module in self._model.modules()}
-        self._model.eval()
-        with adapter_off(self._model):
-            logits_TV = self._forward(packed)[:, : self._settings.rows]
-        for module, training in was_training.items():
-            module.training = training
-        return logits_TV
-
-    def _signals(self, samples: Sequence[ScoredRollout]) -> list[TeacherSignal]:
-        """The teacher's signal of each sample, made here where the teacher is the base."""
-        if not self._settings.base_is_teacher:
-            return [sample.signal for sample in samples if sample.signal is not None]
-        packed = pack(
-            [s.rollout.prompt_ids for s in samples],
-            [s.rollout.response_ids for s in samples],
-            share_rows=self._forward.share_rows,
-        )
-        parts = self._base_logits(samples, packed).split(list(packed.response_lengths))
-        return [FullLogits.from_tensor(part) for part in parts]
 
 
 def _exhaust(weights: Weights) -> None:

@@ -33,9 +33,13 @@ class TrainerActor:
         """Log-probabilities of responses under the current weights."""
         return self._student.logprobs(rollouts)
 
-    def divergence(self, part: "RankPart", config: DivergenceConfig) -> tuple[float, int]:
+    def take_heads(self, heads: dict[str, Any]) -> None:
+        """Handles to the heads of the teachers that send hidden states, by name."""
+        self._student.take_heads({name: ray.get(ref) for name, ref in heads.items()})
+
+    def divergence(self, part: "RankPart", config: DivergenceConfig, temperature: float) -> tuple[float, int]:
         """Sum of a divergence over the response tokens of all ranks, and their number."""
-        return self._student.divergence(part.open(), part.share, config)
+        return self._student.divergence(part.open(), part.share, config, temperature)
 
     def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
         """What each engine needs to know to be connected."""
@@ -122,11 +126,18 @@ class Learner:
         groups: Sequence[Sequence[SampleId]],
         signals: Sequence[Any],
         config: DivergenceConfig,
+        temperature: float,
     ) -> tuple[float, int]:
         """Sum of a divergence to the teacher over all response tokens, and their number."""
         parts = self._parts(rollouts, groups, signals)
-        calls = [rank.divergence.remote(part, config) for rank, part in zip(self._ranks, parts, strict=True)]
+        calls = [
+            rank.divergence.remote(part, config, temperature) for rank, part in zip(self._ranks, parts, strict=True)
+        ]
         return self._get(calls)[0]
+
+    def take_heads(self, heads: dict[str, Any]) -> None:
+        """Handles to the heads of the teachers that send hidden states, by name."""
+        self._on_all("take_heads", heads)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probabilities of responses under the current weights."""

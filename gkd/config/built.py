@@ -33,7 +33,7 @@ def refuse_unbuilt(config: Config) -> None:
     if teacher is not None:
         unbuilt += [
             ("teacher.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
-            ("teacher.signal", teacher.signal, teacher.signal != "full_logits", "Use full_logits."),
+            ("teacher.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
         ]
     for field, value, refused, cure in unbuilt:
         if refused:

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gkd.config.base import Count, Positive, Section
+from gkd.config.base import Count, NonNegativeInt, Positive, Section
 
 
 class LoraConfig(Section):
@@ -43,8 +43,16 @@ class TeacherConfig(Section):
     backend: Literal["hf", "vllm", "student_base"] = "hf"
     """What runs it: transformers; vLLM; or the trainer itself, the teacher being the student's own base with its LoRA
     adapter off (self-distillation from one copy of the weights)."""
-    signal: Literal["full_logits", "hidden_states", "top_k", "sampled_logprobs", "attention_relations"] = "full_logits"
-    """Form in which its judgement travels."""
+    signal: Literal["auto", "full_logits", "hidden_states", "top_k", "sampled_logprobs", "attention_relations"] = "auto"
+    """Form in which its judgement travels. `full_logits` and `hidden_states` (to which the trainer applies the
+    teacher's head) are exact over the whole vocabulary; `top_k` is exact for some tokens, and holds all others in one
+    bucket; `sampled_logprobs` knows the response's own tokens alone. auto: the smallest that loses nothing of what the
+    objective compares."""
+    top_k: Count = 64
+    """Of the signal top_k: how many of the teacher's most probable tokens."""
+    student_top_k: NonNegativeInt = 16
+    """Of the signal top_k: how many of the tokens that the student thought most probable when it sampled are scored,
+    too. What the student believes in and the teacher does not would otherwise be lost in the bucket."""
     num_actors: Count = 1
     """Copies of the teacher."""
     dtype: Literal["float32", "bfloat16"] = "float32"

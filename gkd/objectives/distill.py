@@ -1,8 +1,10 @@
 """Distillation by a divergence between the student's and the teacher's next-token distributions."""
 
+import torch
+
 from gkd.divergences import Divergence
-from gkd.objectives.base import ObjectiveInputs, ObjectiveOutput
-from gkd.signals import SignalKind
+from gkd.objectives.base import Chunk, ObjectiveInputs, ObjectiveOutput
+from gkd.signals import ANY_DISTRIBUTION
 
 
 class Distill:
@@ -12,7 +14,7 @@ class Distill:
     the loss temperature, independent of the sampling temperature, and there is no T^2 factor.
     """
 
-    requires = frozenset({SignalKind.FULL_LOGITS})
+    requires = ANY_DISTRIBUTION
 
     def __init__(self, *, divergence: Divergence, temperature: float) -> None:
         self.divergence = divergence
@@ -22,12 +24,10 @@ class Distill:
         """The divergence per token [T] in nats.
 
         Raises:
-            ValueError: if there are no teacher logits, or their shape is not the student's.
+            ValueError: if there is no teacher signal, or it holds no distribution.
         """
-        if inputs.teacher_logits_TV is None:
-            raise ValueError("the distill objective needs teacher logits")
-        # Upcast before dividing: bfloat16 logits would lose bits to the division.
-        student_TV = inputs.student_logits_TV.float() / self.temperature
-        teacher_TV = inputs.teacher_logits_TV.float() / self.temperature
-        loss_T = self.divergence(student_TV, teacher_TV)
+        (loss_T,) = inputs.per_token(self._divergence)
         return ObjectiveOutput(loss_T=loss_T, mask_T=inputs.mask_T, metrics_T={"divergence": loss_T.detach()})
+
+    def _divergence(self, chunk: Chunk) -> tuple[torch.Tensor]:
+        return (self.divergence(*chunk.pair(self.temperature)),)

@@ -1,7 +1,5 @@
 """Maximum likelihood on the response tokens."""
 
-from torch.nn.functional import cross_entropy
-
 from gkd.objectives.base import ObjectiveInputs, ObjectiveOutput
 from gkd.signals import SignalKind
 
@@ -16,6 +14,5 @@ class SupervisedFineTuning:
 
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """The negative log-likelihood per token [T] in nats."""
-        logits_TV = inputs.student_logits_TV.float() / self.temperature
-        loss_T = cross_entropy(logits_TV, inputs.response_ids_T, reduction="none")
+        (loss_T,) = inputs.per_token(lambda chunk: (-chunk.student_logprobs(self.temperature),))
         return ObjectiveOutput(loss_T=loss_T, mask_T=inputs.mask_T, metrics_T={"nll": loss_T.detach()})

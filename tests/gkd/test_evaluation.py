@@ -6,6 +6,7 @@ from gkd.divergences import reverse_kl
 from gkd.evaluation import divergence_sum, exact_match
 from gkd.response_forward import ResponseForward
 from gkd.signals import FullLogits
+from gkd.teacher_view import view_of
 from gkd.types import Rollout, SampleId
 
 
@@ -30,14 +31,14 @@ def test_the_divergence_counts_the_tokens_in_the_loss():
     ]
     torch.manual_seed(0)
     teacher = [torch.randn(len(r.response_ids), VOCABULARY) for r in rollouts]
-    total, count = divergence_sum(
-        ResponseForward(model), rollouts, [FullLogits.from_tensor(logits_TV) for logits_TV in teacher], reverse_kl
-    )
+    signals = [FullLogits.from_tensor(logits_TV) for logits_TV in teacher]
+    view = view_of(signals, {}, rows=VOCABULARY, device=torch.device("cpu"))
+    total, count = divergence_sum(ResponseForward(model), rollouts, view, reverse_kl, rows=VOCABULARY)
 
     expected = 0.0
     for r, logits_TV in zip(rollouts, teacher, strict=True):
         with torch.no_grad():
-            whole_SV = model(torch.tensor([r.token_ids])).logits[0]
+            whole_SV = model(input_ids=torch.tensor([r.token_ids])).logits[0]
         for t in range(len(r.response_ids)):
             if r.loss_mask is None or r.loss_mask[t]:
                 student_V = whole_SV[len(r.prompt_ids) - 1 + t]

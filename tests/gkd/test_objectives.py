@@ -3,51 +3,50 @@ import math
 import naive
 import pytest
 import torch
+from batches import objective_inputs
 
 from gkd import divergences
 from gkd.config.objective import CustomDivergence, DistillObjective, SftObjective
 from gkd.errors import UserError
-from gkd.objectives import Distill, ObjectiveInputs, SupervisedFineTuning, build_divergence, build_objective
+from gkd.objectives import Distill, SupervisedFineTuning, build_divergence, build_objective
 from gkd.signals import FullLogits, SignalKind
 
+IDS = [0, 3, 6, 1, 1]
 
-def inputs(*, teacher=True, dtype=torch.float32):
+
+def logits(*, dtype=torch.float32):
+    """Student and teacher, [5, 7]."""
     random = torch.Generator().manual_seed(0)
-    return ObjectiveInputs(
-        student_logits_TV=torch.randn(5, 7, generator=random).to(dtype).requires_grad_(),
-        teacher_logits_TV=torch.randn(5, 7, generator=random).to(dtype) if teacher else None,
-        response_ids_T=torch.tensor([0, 3, 6, 1, 1]),
-        mask_T=torch.ones(5, dtype=torch.bool),
-    )
+    return tuple(torch.randn(5, 7, generator=random).to(dtype).requires_grad_(grad) for grad in (True, False))
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
 def test_the_loss_temperature_divides_both_logits_and_there_is_no_square(temperature):
-    given = inputs()
-    output = Distill(divergence=divergences.reverse_kl, temperature=temperature)(given)
-    expected = naive.reverse_kl(given.student_logits_TV / temperature, given.teacher_logits_TV / temperature)
+    student, teacher = logits()
+    output = Distill(divergence=divergences.reverse_kl, temperature=temperature)(objective_inputs(student, teacher))
+    expected = naive.reverse_kl(student / temperature, teacher / temperature)
     torch.testing.assert_close(output.loss_T.double(), expected, rtol=1e-5, atol=1e-6)
     assert torch.equal(output.metrics_T["divergence"], output.loss_T)
     assert not output.metrics_T["divergence"].requires_grad
 
 
 def test_bfloat16_logits_are_raised_before_they_are_divided():
-    given = inputs(dtype=torch.bfloat16)
-    output = Distill(divergence=divergences.forward_kl, temperature=3.0)(given)
-    expected = naive.forward_kl(given.student_logits_TV.double() / 3, given.teacher_logits_TV.double() / 3)
+    student, teacher = logits(dtype=torch.bfloat16)
+    output = Distill(divergence=divergences.forward_kl, temperature=3.0)(objective_inputs(student, teacher))
+    expected = naive.forward_kl(student.double() / 3, teacher.double() / 3)
     torch.testing.assert_close(output.loss_T.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_missing_teacher_is_an_error():
-    with pytest.raises(ValueError, match="teacher logits"):
-        Distill(divergence=divergences.forward_kl, temperature=1.0)(inputs(teacher=False))
+    with pytest.raises(ValueError, match="no teacher signal"):
+        Distill(divergence=divergences.forward_kl, temperature=1.0)(objective_inputs(logits()[0]))
 
 
 def test_maximum_likelihood():
-    given = inputs(teacher=False)
-    loss_T = SupervisedFineTuning(temperature=1.0)(given).loss_T
-    probabilities = given.student_logits_TV.double().softmax(-1)
-    expected = [-math.log(probabilities[t, token].item()) for t, token in enumerate(given.response_ids_T.tolist())]
+    student, _ = logits()
+    loss_T = SupervisedFineTuning(temperature=1.0)(objective_inputs(student, ids=IDS)).loss_T
+    probabilities = student.double().softmax(-1)
+    expected = [-math.log(probabilities[t, token].item()) for t, token in enumerate(IDS)]
     assert loss_T.tolist() == pytest.approx(expected, rel=1e-5)
 
 
@@ -57,10 +56,10 @@ def test_what_is_built_from_the_config():
             {"type": "distill", "temperature": 2, "divergence": {"type": "generalized_jsd", "beta": 0.1}}
         )
     )
-    given = inputs()
-    expected = divergences.generalized_jsd(given.student_logits_TV / 2, given.teacher_logits_TV / 2, beta=0.1)
-    assert torch.equal(distill(given).loss_T, expected)
-    assert distill.requires == {SignalKind.FULL_LOGITS}
+    student, teacher = logits()
+    expected = divergences.generalized_jsd(student / 2, teacher / 2, beta=0.1)
+    assert torch.equal(distill(objective_inputs(student, teacher)).loss_T, expected)
+    assert distill.requires == {SignalKind.FULL_LOGITS, SignalKind.HIDDEN_STATES, SignalKind.TOP_K}
     assert build_objective(SftObjective(type="sft")).requires == frozenset()
 
     custom = CustomDivergence(type="custom", path="batches:custom_divergence", kwargs={"scale": 3.0})
@@ -70,12 +69,12 @@ def test_what_is_built_from_the_config():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_signals_keep_every_bit_also_from_read_only_memory(dtype):
-    logits = torch.randn(3, 5).to(dtype)
-    signal = FullLogits.from_tensor(logits)
+    given = torch.randn(3, 5).to(dtype)
+    signal = FullLogits.from_tensor(given)
     signal.logits_TV.flags.writeable = False
-    assert torch.equal(signal.tensor(), logits)
+    assert torch.equal(signal.tensor(), given)
     with pytest.raises(TypeError, match="float16"):
-        FullLogits.from_tensor(logits.half())
+        FullLogits.from_tensor(given.half())
 
 
 @pytest.mark.parametrize(

@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from batches import objective_inputs
 from live_memory import LiveMemory
 from tiny import make_config
 
 from gkd.config import parse_config
-from gkd.objectives import ObjectiveInputs, build_objective
+from gkd.objectives import build_objective
+from gkd.signals import SignalKind
 from launch.architecture import Architecture, read_architecture
 from launch.memory import GIB, Need, Sizes, _activations, _logit_tensors, available_memory, estimate, memory_warning
 
@@ -53,7 +55,15 @@ def config(**changes):
 
 
 def needs(parsed, *, on_gpu, adapter=0):
-    sizes = Sizes(student=STUDENT, teacher=TEACHER, adapter=adapter, rows=100, longest_prompt=6, longest_response=10)
+    sizes = Sizes(
+        student=STUDENT,
+        teacher=TEACHER,
+        adapter=adapter,
+        rows=100,
+        signal=SignalKind.FULL_LOGITS if parsed.needs_teacher else None,
+        longest_prompt=6,
+        longest_response=10,
+    )
     return {need.worker: need for need in estimate(parsed, sizes, on_gpu=on_gpu)}
 
 
@@ -77,7 +87,7 @@ def test_a_plain_run_on_a_cpu_host():
     assert found["teacher"].parts == {
         "weights": 10_000,
         "activations": 40 * (16 * 20 + 4 * 50) * 2,
-        "logits": 2 * 40 * 100 * 2,
+        "signals": 2 * 40 * 100 * 2,
         "libraries": libraries,
     }
     assert found["object store"].parts == {"weights on their way": 4000, "teacher signals": 2 * 8 * 10 * 100 * 2}
@@ -145,14 +155,7 @@ def test_the_logits_estimate_is_what_objectives_hold(objective, dtype):
     with LiveMemory() as memory:
         student_TV = torch.randn(T, V, dtype=dtype, requires_grad=True)
         teacher_TV = torch.randn(T, V, dtype=dtype) if objective["type"] == "distill" else None
-        output = build_objective(parsed.objective)(
-            ObjectiveInputs(
-                student_logits_TV=student_TV * 1.0,
-                teacher_logits_TV=teacher_TV,
-                response_ids_T=torch.zeros(T, dtype=torch.long),
-                mask_T=torch.ones(T, dtype=torch.bool),
-            )
-        )
+        output = build_objective(parsed.objective)(objective_inputs(student_TV * 1.0, teacher_TV))
         output.loss_T.sum().backward()
     measured = memory.peak_bytes / (4 * T * V)
     assert 0.65 * _logit_tensors(parsed) < measured < 1.05 * _logit_tensors(parsed)

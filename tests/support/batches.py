@@ -4,7 +4,10 @@ import torch
 from tiny import VOCABULARY
 
 from gkd.config.objective import DistillObjective, SftObjective
+from gkd.logits import WholeLogits
+from gkd.objectives import ObjectiveInputs
 from gkd.signals import FullLogits
+from gkd.teacher_view import WholeView
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.deepspeed_engine import EngineSettings
 from trainer.share import share_out
@@ -34,6 +37,22 @@ def scored_batch(*, seed=0, rows=VOCABULARY, dtype=torch.float32, lengths=PACKIN
         )
         for i, (prompt, response) in enumerate(lengths)
     ]
+
+
+def objective_inputs(student_TV, teacher_TV=None, ids=None, **changes):
+    """What an objective sees of given logits; one sequence of T tokens, all of them counted."""
+    count, rows = student_TV.shape
+    ids_T = torch.zeros(count, dtype=torch.long) if ids is None else torch.as_tensor(ids)
+    inputs = {
+        "student": WholeLogits(student_TV),
+        "num_rows": rows,
+        "teacher": None if teacher_TV is None else WholeView(WholeLogits(teacher_TV)),
+        "response_ids_T": ids_T,
+        "mask_T": torch.ones(count, dtype=torch.bool),
+        "lengths": (count,),
+        "on_policy_N": torch.ones(1, dtype=torch.bool),
+    }
+    return ObjectiveInputs(**(inputs | changes))
 
 
 def distill(**divergence):

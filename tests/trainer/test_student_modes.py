@@ -12,6 +12,7 @@ from trainer.deepspeed_checkpoint import trained_weights
 from trainer.export import write_tensors
 from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights
 from trainer.student import Student
+from trainer.teacher_source import BaseAsTeacher
 from trainer.weights import not_sharded
 
 LORA = LoraSettings(r=4, alpha=8.0, targets="all-linear", dropout=0.0)
@@ -70,13 +71,15 @@ def test_the_base_as_teacher_is_the_base(model):
     """An adapter that has learnt is compared with what a teacher of its own, the base, says."""
     student, _ = trained(model, lora=LORA, base_is_teacher=False)
     unscored = [ScoredRollout(rollout=s.rollout, signal=None) for s in BATCHES[0]]
-    student._settings = replace(student._settings, base_is_teacher=True)
-    signals = student._signals(unscored)
+    view = BaseAsTeacher(student._model, student._forward, rows=18).view(unscored)
     base = make_model_from(model)
-    for sample, signal in zip(unscored, signals, strict=True):
-        r = sample.rollout
-        logits = base(input_ids=torch.tensor([r.token_ids])).logits[0, len(r.prompt_ids) - 1 : -1, :18]
-        torch.testing.assert_close(signal.tensor(), logits.detach(), rtol=1e-4, atol=1e-4)
+    expected = [
+        base(input_ids=torch.tensor([r.token_ids])).logits[0, len(r.prompt_ids) - 1 : -1, :18].detach()
+        for r in (s.rollout for s in unscored)
+    ]
+    seen = view.logits.rows(slice(0, view.logits.num_tokens))
+    torch.testing.assert_close(seen, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    assert not seen.requires_grad
 
 
 def make_model_from(path):
@@ -173,16 +176,15 @@ def test_tokens_outside_the_loss_mask_do_not_count(model):
     seen = []
     student = Student(student_settings(model, rows=18))
     objective = student._step._objective
-    student._step._objective = lambda inputs: (seen.append(inputs), objective(inputs))[1]
+    student._step._objective = lambda inputs: (seen.append((inputs, output := objective(inputs))), output)[1]
     report = step(student, 1, batch)
     assert (
         report.num_tokens
         == sum(s.rollout.num_loss_tokens for s in batch)
         < sum(len(s.rollout.response_ids) for s in batch)
     )
-    (inputs,) = seen
-    losses_T = objective(inputs).loss_T
-    assert report.loss == pytest.approx(losses_T[inputs.mask_T].mean().item(), rel=1e-5)
+    ((inputs, output),) = seen
+    assert report.loss == pytest.approx(output.loss_T[inputs.mask_T].mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("shard_bytes", [1, 300, 10**9])

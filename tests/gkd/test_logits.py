@@ -1,0 +1,95 @@
+"""A loss computed a few tokens at a time equals the loss computed at once, and holds no [T, V] tensor."""
+
+import pytest
+import torch
+from batches import objective_inputs
+from live_memory import LiveMemory
+
+from gkd import divergences, logits
+from gkd.logits import HeadLogits, WholeLogits, map_chunks
+from gkd.objectives import Distill, SupervisedFineTuning
+from gkd.teacher_view import WholeView
+
+DIVERGENCES = {
+    "forward_kl": divergences.forward_kl,
+    "reverse_kl": divergences.reverse_kl,
+    "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.9),
+    "sft": None,
+}
+
+
+def problem(*, tokens=50, rows=40, width=8, dtype=torch.float32):
+    random = torch.Generator().manual_seed(1)
+    hidden = torch.randn(tokens, width, generator=random).div(width**0.5).to(dtype).requires_grad_()
+    weight = torch.randn(rows, width, generator=random).to(dtype).requires_grad_()
+    teacher = tuple(torch.randn(count, width, generator=random).to(dtype) for count in (tokens, rows))
+    return hidden, weight, teacher
+
+
+def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3):
+    rows = len(weight)
+    student = HeadLogits(hidden, lambda h: h @ weight.T, num_rows=rows)
+    view = WholeView(HeadLogits(teacher[0], lambda h: h @ teacher[1].T, num_rows=rows))
+    divergence = DIVERGENCES[name]
+    objective = (
+        Distill(divergence=divergence, temperature=temperature)
+        if divergence
+        else SupervisedFineTuning(temperature=temperature)
+    )
+    count = len(hidden)
+    inputs = objective_inputs(
+        hidden, ids=[i % rows for i in range(count)], student=student, teacher=view, num_rows=rows
+    )
+    loss_T = objective(inputs).loss_T
+    weights_T = torch.linspace(0.5, 2.0, count)
+    return loss_T.detach(), *torch.autograd.grad((loss_T * weights_T).sum(), (hidden, weight))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("chunk", [1, 7, 50, 64])
+def test_chunks_change_nothing(name, chunk, monkeypatch):
+    given = problem()
+    whole = loss_and_gradients(name, *given)
+    monkeypatch.setattr(logits, "_DIRECT", 0)
+    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": chunk})
+    chunked = loss_and_gradients(name, *given)
+    for found, expected in zip(chunked, whole, strict=True):
+        assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_memory_does_not_grow_with_the_tokens(name, monkeypatch):
+    """Bytes at the peak beyond what grows with the model: twice the tokens, and the same tensors [t, V]."""
+    monkeypatch.setattr(logits, "_DIRECT", 0)
+    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": 16})
+    rows, width, peaks = 3000, 8, []
+    for tokens in (64, 128, 256):
+        hidden, weight, teacher = problem(tokens=tokens, rows=rows, width=width)
+        with LiveMemory() as memory:
+            loss_and_gradients(name, hidden, weight, teacher)
+        peaks.append(memory.peak_bytes)
+    chunk = 16 * rows * 4
+    assert peaks[2] - peaks[0] < chunk, peaks
+    assert peaks[0] < 25 * chunk
+
+
+def test_few_logits_are_made_once():
+    calls = []
+
+    def function(span):
+        calls.append(span)
+        return (torch.zeros(span.stop - span.start, requires_grad=True) * 2,)
+
+    (values,) = map_chunks(function, num_tokens=5, num_rows=10, device=torch.device("cpu"))
+    values.sum().backward()
+    assert calls == [slice(0, 5)]
+
+
+def test_no_tokens_at_all():
+    (values,) = map_chunks(lambda span: (torch.ones(3)[span],), num_tokens=0, num_rows=10, device=torch.device("cpu"))
+    assert values.shape == (0,)
+
+
+def test_whole_logits_are_there():
+    given = torch.randn(4, 3)
+    assert torch.equal(WholeLogits(given).rows(slice(1, 3)), given[1:3])
