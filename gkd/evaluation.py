@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 
 from gkd.divergences import Divergence
-from gkd.logits import Logits, map_chunks
+from gkd.logits import Logits, map_chunks, raised
 from gkd.packing import pack
 from gkd.response_forward import ResponseForward
-from gkd.teacher_view import TeacherView, raised
+from gkd.teacher_view import TeacherView
 from gkd.types import Rollout
 
 

@@ -81,10 +81,22 @@ class ScoredBatch:
     """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
     """Size of the signals."""
+    rewards: tuple[float, ...] | None = None
+    """One per rollout, in their order; None where there is no reward function."""
 
     def without_signals(self) -> "ScoredBatch":
         """The batch once it is trained on: its signals may be freed."""
         return replace(self, signals=())
+
+
+@dataclass(frozen=True, slots=True)
+class MixedSignals:
+    """A `SignalRef` for a group that several teachers scored, whose mixture is the teacher."""
+
+    signals: tuple[SignalRef, ...]
+    """A handle from each teacher."""
+    weights: tuple[float, ...]
+    """Of each teacher's distribution: positive, and 1 in sum."""
 
 
 Post = Callable[[Callable[[], None]], None]
@@ -104,6 +116,18 @@ class Rollouts(Protocol):
 
     def idle_s(self) -> float:
         """How long the engines have had nothing to do so far, in seconds, on average."""
+        ...
+
+
+class Rewards(Protocol):
+    """The reward function, as the pipeline sees it."""
+
+    def connect(self, post: Post, deliver: Callable[[GroupKey, Sequence[float] | None], None]) -> None:
+        """Say where rewards go: `deliver` is called through `post` or from `submit`, once for each group."""
+        ...
+
+    def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
+        """Reward a group of rollouts; delivered under the same key when done, one number each, or None for none."""
         ...
 
 

@@ -5,9 +5,11 @@ token and tensor, of which a loss holds many). Here a loss is computed chunk by 
 each chunk again. Legend: T tokens, t tokens of a chunk, V rows, H hidden width.
 """
 
+import math
 from collections.abc import Callable, Sequence
+from functools import reduce
 from itertools import accumulate
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -67,6 +69,26 @@ class HeadLogits:
         return self._head(self.hidden_TH[span])[:, : self._num_rows]
 
 
+class MixtureLogits:
+    """A mixture of several models' distributions, p = sum_i w_i p_i in probability space, as log-probabilities.
+
+    What divides by a temperature divides log p: the mixture is one teacher, and not a mixture of tempered ones.
+    """
+
+    def __init__(self, parts: Sequence[Logits], weights: Sequence[float]) -> None:
+        """Logits of the same tokens and rows; their weights are positive, and 1 in sum."""
+        self._parts = list(parts)
+        self._log_weights = [math.log(weight) for weight in weights]
+        self.num_tokens = parts[0].num_tokens
+        self.device = parts[0].device
+
+    def rows(self, span: slice) -> torch.Tensor:
+        """[t, V] log-probabilities of some tokens, in float32: bfloat16 could not hold their sums."""
+        pairs = zip(self._parts, self._log_weights, strict=True)
+        # One after the other: several teachers need no more memory than two.
+        return reduce(torch.logaddexp, (raised(part.rows(span)).log_softmax(-1) + weight for part, weight in pairs))
+
+
 class JoinedLogits:
     """The logits of several sequences, end to end."""
 
@@ -79,13 +101,53 @@ class JoinedLogits:
 
     def rows(self, span: slice) -> torch.Tensor:
         """[t, V] logits of some tokens."""
+        return self._joined(span, lambda part, own: part.rows(own))
+
+    def hidden(self, span: slice) -> torch.Tensor | None:
+        """[t, H] hidden states of some tokens; None unless every part is made of them, all of one width."""
+        widths = {part.hidden_TH.shape[-1] if isinstance(part, HeadLogits) else None for part in self._parts}
+        if None in widths or len(widths) > 1:
+            return None
+        return self._joined(span, lambda part, own: cast(HeadLogits, part).hidden_TH[own])
+
+    def _joined(self, span: slice, rows_of: Callable[[Logits, slice], torch.Tensor]) -> torch.Tensor:
         start, stop, _ = span.indices(self.num_tokens)
         found = []
         for part, end in zip(self._parts, self._ends, strict=True):
             first = end - part.num_tokens
             if first < stop and start < end:
-                found.append(part.rows(slice(max(start - first, 0), stop - first)))
-        return torch.cat(found) if found else self._parts[0].rows(slice(0, 0))
+                found.append(rows_of(part, slice(max(start - first, 0), stop - first)))
+        return torch.cat(found) if found else rows_of(self._parts[0], slice(0, 0))
+
+
+class FrozenLogits:
+    """The same logits without a graph."""
+
+    def __init__(self, logits: Logits) -> None:
+        self._logits = logits
+        self.num_tokens = logits.num_tokens
+        self.device = logits.device
+
+    @torch.no_grad()
+    def rows(self, span: slice) -> torch.Tensor:
+        """[t, V] logits of some tokens."""
+        return self._logits.rows(span)
+
+
+def raised(tensor: torch.Tensor) -> torch.Tensor:
+    """Raised to float32; float64 stays, so that tests can compare exactly."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def hidden_of(logits: Logits, span: slice) -> torch.Tensor | None:
+    """[t, H] last hidden states that some tokens' logits are made of; None where logits came whole."""
+    match logits:
+        case HeadLogits():
+            return logits.hidden_TH[span]
+        case JoinedLogits():
+            return logits.hidden(span)
+        case _:
+            return None
 
 
 def tokens_at_once(num_tokens: int, num_rows: int, device_type: str) -> int:

@@ -117,5 +117,20 @@ class SampledLogprobs:
         return self.logprobs_T.nbytes
 
 
-TeacherSignal = FullLogits | HiddenStates | TopK | SampledLogprobs
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """What several teachers say of one response, to be read as one: p = sum_i w_i p_i, in probability space."""
+
+    parts: tuple[FullLogits | HiddenStates, ...]
+    """One per teacher, of the same T tokens."""
+    weights: tuple[float, ...]
+    """w, one per teacher: positive, and 1 in sum."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on the way."""
+        return sum(part.num_bytes for part in self.parts)
+
+
+TeacherSignal = FullLogits | HiddenStates | TopK | SampledLogprobs | Mixture
 """The union of signal types; a new one is added here and to `gkd.teacher_view`."""

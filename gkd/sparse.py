@@ -8,9 +8,8 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gkd.logits import CHUNK_TOKENS, Logits
+from gkd.logits import CHUNK_TOKENS, Logits, raised
 from gkd.signals import SampledLogprobs, TopK
-from gkd.teacher_view import raised
 
 
 @torch.no_grad()

@@ -6,15 +6,15 @@ rest. Divergences need not know which. Legend: T tokens of a micro-batch, t of a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import NoReturn, Protocol
 
 import numpy as np
 import torch
 
 from gkd.arrays import to_tensor
 from gkd.head import Head
-from gkd.logits import HeadLogits, JoinedLogits, Logits, WholeLogits
-from gkd.signals import FullLogits, HiddenStates, SampledLogprobs, TeacherSignal, TopK
+from gkd.logits import HeadLogits, JoinedLogits, Logits, MixtureLogits, WholeLogits, hidden_of, raised
+from gkd.signals import FullLogits, HiddenStates, Mixture, SampledLogprobs, TeacherSignal, TopK
 
 
 class TeacherView(Protocol):
@@ -41,6 +41,14 @@ class TeacherView(Protocol):
         """
         ...
 
+    def hidden(self, span: slice) -> torch.Tensor:
+        """[t, H] last hidden states of the teacher, in its dtype.
+
+        Raises:
+            ValueError: if the signal holds none.
+        """
+        ...
+
 
 class WholeView:
     """Exact distributions over all V rows."""
@@ -55,6 +63,11 @@ class WholeView:
     def sampled_logprobs(self, ids_t: torch.Tensor, span: slice, *, temperature: float) -> torch.Tensor:
         """Out of the whole distribution."""
         return self._at(span, temperature).log_softmax(-1).gather(-1, ids_t.unsqueeze(-1)).squeeze(-1)
+
+    def hidden(self, span: slice) -> torch.Tensor:
+        """Where every signal is hidden states."""
+        hidden_tH = hidden_of(self.logits, span)
+        return _no_hidden() if hidden_tH is None else hidden_tH
 
     def _at(self, span: slice, temperature: float) -> torch.Tensor:
         # Upcast before dividing: bfloat16 logits would lose bits to the division.
@@ -91,6 +104,10 @@ class TopKView:
         _check(temperature, self._temperature)
         return self._sampled_T[span]
 
+    def hidden(self, span: slice) -> torch.Tensor:
+        """There are none."""
+        return _no_hidden()
+
 
 class SampledView:
     """The response's own tokens alone."""
@@ -109,6 +126,10 @@ class SampledView:
         _check(temperature, self._temperature)
         return self._logprobs_T[span]
 
+    def hidden(self, span: slice) -> torch.Tensor:
+        """There are none."""
+        return _no_hidden()
+
 
 def view_of(
     signals: Sequence[TeacherSignal], heads: Mapping[str, Head], *, rows: int, device: torch.device
@@ -116,7 +137,7 @@ def view_of(
     """The view of a micro-batch.
 
     Args:
-        signals: one per sequence, in order; all of one kind, but full logits and hidden states may mix.
+        signals: one per sequence, in order; all of one kind, but whole distributions of every kind may mix.
         heads: of the teachers that send hidden states, by name.
         rows: V.
         device: where the student is.
@@ -133,16 +154,17 @@ def view_of(
     return WholeView(JoinedLogits([_logits(signal, heads, rows, device) for signal in signals]))
 
 
-def raised(tensor: torch.Tensor) -> torch.Tensor:
-    """Raised to float32; float64 stays, so that tests can compare exactly."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
 def _logits(signal: TeacherSignal, heads: Mapping[str, Head], rows: int, device: torch.device) -> Logits:
     if isinstance(signal, FullLogits):
         return WholeLogits(signal.tensor().to(device))
+    if isinstance(signal, Mixture):
+        return MixtureLogits([_logits(part, heads, rows, device) for part in signal.parts], signal.weights)
     assert isinstance(signal, HiddenStates)
     return HeadLogits(to_tensor(signal.hidden_TH).to(device), heads[signal.teacher], num_rows=rows)
+
+
+def _no_hidden() -> NoReturn:
+    raise ValueError("the teacher's signals are not all hidden states of one width, and the objective reads them")
 
 
 def _check_all(kept: Sequence[object], signals: Sequence[object]) -> None:

@@ -53,6 +53,15 @@ class Prompt:
     """The prompt's tokens, at least one."""
     completion: Completion | None = None
     """The dataset's completion, where the record has one."""
+    teacher: str | None = None
+    """Name of the teacher that scores it, where every record has one of its own; None: all teachers do."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    """What the teacher reads in the prompt's place, at least one token; None: the prompt."""
+
+    @property
+    def scored_prompt_ids(self) -> tuple[int, ...]:
+        """What the teacher reads before the response."""
+        return self.token_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +90,21 @@ class Rollout:
     loss_mask: tuple[bool, ...] | None = None
     """T flags: which response tokens count in the loss; None: all of them. False for what others said between the
     assistant's turns of a dataset's conversation."""
+    teacher: str | None = None
+    """Name of the teacher that scores it, where every record has one of its own; None: all teachers do."""
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    """What the teacher reads in the prompt's place, at least one token; None: the prompt. The response is the same, so
+    its signal has a row for each of the same T tokens."""
+
+    @property
+    def scored_prompt_ids(self) -> tuple[int, ...]:
+        """What the teacher reads before the response."""
+        return self.prompt_ids if self.teacher_prompt_ids is None else self.teacher_prompt_ids
+
+    @property
+    def num_scored_tokens(self) -> int:
+        """Tokens that the teacher reads."""
+        return len(self.scored_prompt_ids) + len(self.response_ids)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
@@ -101,3 +125,7 @@ class ScoredRollout:
     """The scored sequence."""
     signal: TeacherSignal | None
     """The teacher's signal, one row per response token; None where the objective needs no teacher."""
+    reward: float | None = None
+    """What the reward function says of the response; None where there is no such function."""
+    advantage: float | None = None
+    """Reward minus baseline (`gkd.advantages`), 0 for the dataset's samples; None where there is no reward."""

@@ -1,25 +1,28 @@
 """From the config to the parts of a run: the only file that sees everything."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 
+from gkd.advantages import advantages
 from gkd.config import Config
-from gkd.config.objective import DistillObjective, Reserved, SftObjective
+from gkd.config.objective import BuiltObjective, Reserved, RlGkdObjective, terms_of_type
 from gkd.interfaces import Scores
-from gkd.signals import SPARSE, SignalKind
+from gkd.signals import SPARSE
 from gkd.types import Prompt, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
+from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, student_top_k
 from launch.wire import wire_between
-from rollout.hf_teacher import TeacherSettings
 from rollout.mixer import Mixer
-from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
+from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
+from rollout.reward_actor import RewardActor, RewardPool
+from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
-from rollout.teacher_actor import TeacherActor, TeacherPool
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
 from rollout.weights.choice import Wire
@@ -30,7 +33,7 @@ from trainer.loop import Parts, Span
 from trainer.lora import LoraSettings
 from trainer.records import Records
 from trainer.student import StudentSettings
-from trainer.trainer_actor import Learner, TrainerActor
+from trainer.trainer_actor import Advantages, Learner, TrainerActor
 from trainer.weight_sync import EvaluationSync, NoSync, Sync, WeightSync, stop_the_run
 
 _SENDERS = {
@@ -64,16 +67,13 @@ def build_parts(
     """
     wire = wire_between(config, workers.places)
     ranks = workers.start_ranks(TrainerActor, _student_settings(config, facts, wire))
-    teachers = (
-        workers.start_all("teacher", TeacherActor, _teacher_settings(config, facts))
-        if config.needs_teacher_workers
-        else []
-    )
+    teachers = start_teachers(config, facts, workers)
     engines = (
         workers.start_all("rollout", RolloutActor, _generator_settings(config, facts, wire, on_gpu=workers.on_gpus))
         if config.needs_engine
         else []
     )
+    rewards = _rewards(config, facts, workers)
     timeout_s = config.rollout.timeout_s
     workers.wait_ready(timeout_s)
 
@@ -81,22 +81,22 @@ def build_parts(
         ranks,
         tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
         reduction=_objective(config).reduction,
+        advantages=_advantages(config),
         timeout_s=timeout_s,
     )
-    if facts.sizes.signal is SignalKind.HIDDEN_STATES:
-        assert config.teacher is not None
-        learner.take_heads({config.teacher.name: teachers[0].head.remote()})
+    learner.take_heads(heads(config, facts, teachers))
     if start.checkpoint is not None:
         learner.load(start.checkpoint.folder)
     if engines:
         _connect(ranks[0], engines, gpus_per_engine=config.rollout.tensor_parallel_size, timeout_s=timeout_s)
     rollout_pool = RolloutPool(engines, max_concurrent=config.rollout.max_concurrent, timeout_s=timeout_s)
-    teacher_pool = TeacherPool(teachers, timeout_s=timeout_s)
+    scores = all_scores(config, teachers, timeout_s=timeout_s)
     return Parts(
         pipeline=Pipeline(
             _mixer(config, facts),
             rollout_pool if config.needs_rollouts else NoRollouts(),
-            teacher_pool if teachers else NoTeacher(),
+            scores or NoTeacher(),
+            rewards,
             first_step=start.completed_steps + 1,
             last_step=config.trainer.max_steps,
             max_staleness=config.sync.max_staleness,
@@ -105,7 +105,7 @@ def build_parts(
         ),
         learner=learner,
         sync=_sync(config, learner, rollout_pool, warn),
-        evaluate=_evaluator(config, facts, rollout_pool, teacher_pool if teachers else NoScores(), learner),
+        evaluate=_evaluator(config, facts, rollout_pool, scores or NoScores(), learner),
         records=Records(
             config.run.output_dir,
             facts.student.tokenizer.decode,
@@ -115,6 +115,27 @@ def build_parts(
         ),
         report=report,
     )
+
+
+def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoRewards:
+    if config.reward is None:
+        return NoRewards()
+    settings = RewardSettings(
+        path=config.reward.path,
+        kwargs=config.reward.kwargs,
+        tokenizer=facts.student.path,
+        stop_ids=facts.stop_ids,
+    )
+    return RewardPool(workers.start("reward", RewardActor, settings), references=facts.references)
+
+
+def _advantages(config: Config) -> Advantages | None:
+    """From rewards to advantages: as the objective's rl_gkd terms say, which agree, else against the batch's mean."""
+    if config.reward is None:
+        return None
+    for term in terms_of_type(config.objective, RlGkdObjective):
+        return partial(advantages, baseline=term.baseline, normalize_std=term.normalize_std)
+    return partial(advantages, baseline="batch_mean", normalize_std=False)
 
 
 def _sync(config: Config, learner: Learner, engines: RolloutPool, warn: Callable[[str], None]) -> Sync:
@@ -159,19 +180,17 @@ def _evaluator(
     if held_out is not None and "exact_match" in config.measured:
         stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
         measures.append(ExactMatch(held_out, engines, lambda ids: decode([i for i in ids if i not in stop_ids])))
-    if held_out is not None and config.teacher is not None and "divergence" in config.measured:
-        assert isinstance(config.objective, DistillObjective)
+    if held_out is not None and "divergence" in config.measured:
         divergence = Divergence(
             held_out,
             engines,
             scores,
             learner,
-            divergence=config.objective.divergence,
+            divergence=_objective(config).evaluated_divergence,
             temperature=config.rollout.temperature,
             # Sparse signals cannot be brought to another temperature than the loss's.
-            loss_temperature=config.objective.temperature if facts.sizes.signal in SPARSE else 1.0,
-            group_tokens=config.teacher.tokens_per_batch,
-            group_sequences=config.teacher.sequences_per_batch,
+            loss_temperature=_objective(config).temperature if SPARSE.intersection(facts.sizes.signals) else 1.0,
+            limits=scoring_limits(config),
         )
         measures.append(divergence)
     return Evaluator(measures, _evaluated(config))
@@ -202,7 +221,15 @@ def _held_out(facts: Facts) -> HeldOut | None:
         return None
     records = facts.held_out.records
     return HeldOut(
-        prompts=tuple(Prompt(id=SampleId(0, record.index, 0), token_ids=record.prompt_ids) for record in records),
+        prompts=tuple(
+            Prompt(
+                id=SampleId(0, record.index, 0),
+                token_ids=record.prompt_ids,
+                teacher=record.teacher,
+                teacher_prompt_ids=record.teacher_prompt_ids,
+            )
+            for record in records
+        ),
         references=tuple(facts.eval_records[record.index].answer for record in records),
     )
 
@@ -221,22 +248,7 @@ def _mixer(config: Config, facts: Facts) -> Mixer:
         on_policy_fraction=config.on_policy_fraction,
         mixing=config.data.mixing,
         max_new_tokens=config.rollout.max_new_tokens,
-        group_tokens=config.teacher.tokens_per_batch if config.teacher else 2**31,
-        group_sequences=config.teacher.sequences_per_batch if config.teacher else 2**31,
-    )
-
-
-def _teacher_settings(config: Config, facts: Facts) -> TeacherSettings:
-    assert config.teacher is not None and facts.teacher is not None
-    assert facts.sizes.signal is not None
-    return TeacherSettings(
-        name=config.teacher.name,
-        model=facts.teacher.path,
-        dtype=config.teacher.dtype,
-        rows=facts.rows,
-        signal=facts.sizes.signal,
-        top_k=config.teacher.top_k,
-        temperature=_objective(config).temperature,
+        limits=scoring_limits(config),
     )
 
 
@@ -259,8 +271,8 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         adapter=None if lora is None else AdapterShape(r=lora.r, alpha=lora.alpha),
         vocabulary=facts.num_tokens,
         stop_ids=facts.stop_ids,
-        logprobs=False,  # no objective needs them yet; the probe always has them
-        top_ids=config.teacher.student_top_k if config.teacher and facts.sizes.signal is SignalKind.TOP_K else 0,
+        logprobs=facts.record_logprobs,
+        top_ids=student_top_k(config, facts),
         probe_prompts=tuple(record.prompt_ids for record in shortest[:2]),
         on_gpu=on_gpu,
         kv_cache_gib=config.rollout.kv_cache_gib,
@@ -277,7 +289,7 @@ def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeo
     ray.get([*joining, rank_0.connect_wire.remote()], timeout=timeout_s)
 
 
-def _objective(config: Config) -> DistillObjective | SftObjective:
+def _objective(config: Config) -> BuiltObjective:
     assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     return config.objective
 
@@ -295,7 +307,8 @@ def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettin
         gradient_checkpointing=trainer.gradient_checkpointing,
         rows=facts.rows,
         objective=_objective(config),
-        base_is_teacher=config.teacher is not None and config.teacher.backend == "student_base",
+        base_is_teacher=any(teacher.backend == "student_base" for teacher in config.all_teachers),
+        ema_decay=ema_decay(config),
         learning_rate=trainer.learning_rate,
         lr_schedule=trainer.lr_schedule,
         warmup_steps=trainer.warmup_steps,

@@ -1,11 +1,14 @@
 """`gkd check`: the preflight alone."""
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from gkd.config import Config
 from launch.memory import estimate
+from launch.models import ModelFacts
 from launch.offline import check_offline
 from launch.placement import Place, needed_places, plan_placement
 from launch.plan_table import plan_table
@@ -13,6 +16,12 @@ from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
 from launch.wire import wire_between
+
+_OF_THE_STUDENT = {
+    "student_base": "the student's base, its adapter off",
+    "student_ema": "the moving average of the student's weights",
+}
+"""Backend -> what the teacher is."""
 
 
 def run_check(config: Config, console: Console, *, offline: bool) -> None:
@@ -58,21 +67,29 @@ def _plan(config: Config) -> list[Place]:
 def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
     """What is known of models and data, as (name, value) pairs."""
     if facts is None:
-        return [("student", config.student.model), ("teacher", _teacher(config))]
-    student, teacher, data = facts.student, facts.teacher, facts.data
+        return [("student", config.student.model), ("teacher", "\n".join(_teachers(config, ())))]
+    student, data = facts.student, facts.data
     return [
         ("student", f"{student.path} ({student.head_rows:,} rows, {config.student.init} weights)"),
-        ("teacher", f"{teacher.path} ({teacher.head_rows:,} rows)" if teacher else _teacher(config)),
+        ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
         ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
         ("longest prompt", f"{data.longest_prompt:,} tokens"),
     ]
 
 
-def _teacher(config: Config) -> str:
-    if not config.needs_teacher or config.teacher is None:
-        return "none"
-    return config.teacher.model or "the student's base, its adapter off"
+def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:
+    """A line for each teacher."""
+    if not config.needs_teacher:
+        return ["none"]
+    lines = [_OF_THE_STUDENT.get(teacher.backend, teacher.model) for teacher in config.all_teachers]
+    if found:
+        lines = [f"{model.path} ({model.head_rows:,} rows)" for model in found]
+    if len(lines) == 1:
+        return [str(lines[0])]
+    shares = [f"{weight:.3g} of the mixture" for weight in config.mixture or ()]
+    named = [f"{teacher.name}: {line}" for teacher, line in zip(config.all_teachers, lines, strict=True)]
+    return [f"{line}, {share}" for line, share in zip(named, shares, strict=True)] if shares else named
 
 
 def _of_the_run(config: Config) -> list[tuple[str, str]]:

@@ -73,7 +73,7 @@ def evaluate(
     teacher: Annotated[str | None, typer.Option(help="Measure the divergence to this model.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Length at which a response is cut.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.01, help="Of the sampled responses.")] = 1.0,
-    divergence: Annotated[str, typer.Option(help="forward_kl, reverse_kl or generalized_jsd.")] = "reverse_kl",
+    divergence: Annotated[str, typer.Option(help="A divergence, with its default options.")] = "reverse_kl",
     limit: Annotated[int | None, typer.Option(min=1, help="Use the first N records only.")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampled responses.")] = 0,
     output: Annotated[Path | None, typer.Option(help="Write the numbers to this JSON file.")] = None,
@@ -147,6 +147,36 @@ def export(
     from launch.export import run_export
 
     run_export(run, output, which=step, form=form, console=Console())
+
+
+@app.command("init-student")
+def init_student(
+    teacher: Annotated[str, typer.Argument(help="A model: a folder in Hugging Face format, or a hub name.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="The folder to write; not there yet, or empty.")],
+    layers: Annotated[int | None, typer.Option(help="How many of the teacher's layers are kept.")] = None,
+    keep: Annotated[
+        str | None,
+        typer.Option(help="Which: first_k (the default), last_k, both_ends, uniform, every_other or first_k_and_last."),
+    ] = None,
+    keep_layers: Annotated[
+        str | None, typer.Option(metavar="0,2,5", help="In the place of --layers and --keep: these, counted from 0.")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="The same shape with random weights, to compare.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of random weights.")] = 0,
+) -> None:
+    """Make a student of some of a teacher's layers (teacher-free truncation, arXiv 2305.14864), to train on from."""
+    from launch.init_student import InitStudentRequest, run_init_student
+
+    request = InitStudentRequest(
+        teacher=teacher,
+        output=output,
+        num_layers=layers,
+        strategy=keep,
+        layers=keep_layers,
+        random=random,
+        seed=seed,
+    )
+    run_init_student(request, Console())
 
 
 def main() -> None:

@@ -6,9 +6,10 @@ from typing import Literal
 from gkd.config import Config
 from gkd.config.data import DataSource
 from gkd.errors import UserError
+from gkd.vocabulary import tokenizer_size
 from launch.models import ModelFacts
-from rollout.records import Record, read_records
-from rollout.tokenized import Encoder, Limits, TokenizedData, TokenizedRecord, tokenize
+from rollout.records import Record, TeacherKeys, read_records
+from rollout.tokenized import Encoder, Limits, TeacherRoom, TokenizedData, TokenizedRecord, tokenize
 
 
 def read_training(config: Config) -> list[Record]:
@@ -17,7 +18,7 @@ def read_training(config: Config) -> list[Record]:
     Raises:
         UserError: for the first thing that cannot be used.
     """
-    return _read(config.data.train, "data.train", need_completions=config.needs_completions)
+    return _read(config, "train", need_completions=config.needs_completions)
 
 
 def read_held_out(config: Config) -> list[Record]:
@@ -26,17 +27,27 @@ def read_held_out(config: Config) -> list[Record]:
     Raises:
         UserError: for the first thing that cannot be used.
     """
-    return _read(config.data.eval, "data.eval", need_completions=False)
+    return _read(config, "eval", need_completions=False)
 
 
-def _read(sources: Sequence[DataSource], section: str, *, need_completions: bool) -> list[Record]:
+def _read(config: Config, section: Literal["train", "eval"], *, need_completions: bool) -> list[Record]:
+    sources = config.data.train if section == "train" else config.data.eval
     return [
         record
         for number, source in enumerate(sources)
         for record in read_records(
-            source, number=number, field=path_field(section, number, sources), need_completions=need_completions
+            source,
+            number=number,
+            field=path_field(f"data.{section}", number, sources),
+            need_completions=need_completions,
+            keys=teacher_keys(config),
         )
     ]
+
+
+def teacher_keys(config: Config) -> TeacherKeys:
+    """What is read of the records for teachers."""
+    return TeacherKeys(prompts=config.needs_teacher, routes=config.routes)
 
 
 def path_field(section: str, number: int, sources: Sequence[DataSource]) -> str:
@@ -45,7 +56,7 @@ def path_field(section: str, number: int, sources: Sequence[DataSource]) -> str:
 
 
 def tokenize_training(
-    config: Config, records: Sequence[Record], student: ModelFacts, teacher: ModelFacts | None
+    config: Config, records: Sequence[Record], student: ModelFacts, teachers: Sequence[ModelFacts]
 ) -> TokenizedData:
     """The training records as token ids.
 
@@ -55,7 +66,7 @@ def tokenize_training(
     data = tokenize(
         records,
         _encoder(config, student),
-        limits=_limits(config, student, teacher, room=config.rollout.max_new_tokens if config.needs_rollouts else 1),
+        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.needs_rollouts else 1),
         student_prompts=config.needs_rollouts,
         completions=config.needs_completions,
     )
@@ -72,7 +83,7 @@ def tokenize_training(
 
 
 def tokenize_held_out(
-    config: Config, records: Sequence[Record], student: ModelFacts, teacher: ModelFacts | None
+    config: Config, records: Sequence[Record], student: ModelFacts, teachers: Sequence[ModelFacts]
 ) -> TokenizedData:
     """The held-out prompts that evaluation uses, as token ids; their right answers are compared as text.
 
@@ -82,7 +93,7 @@ def tokenize_held_out(
     return tokenize(
         records[: config.eval.limit],
         _encoder(config, student),
-        limits=_limits(config, student, teacher, room=config.rollout.max_new_tokens),
+        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens),
         student_prompts=True,
         completions=False,
     )
@@ -97,9 +108,9 @@ def _encoder(config: Config, student: ModelFacts) -> Encoder:
     )
 
 
-def _limits(config: Config, student: ModelFacts, teacher: ModelFacts | None, *, room: int) -> Limits:
+def _limits(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, room: int) -> Limits:
     """What fits the models' context beside `room` response tokens."""
-    context = min(model.context for model in (student, teacher) if model is not None)
+    context = min(model.context for model in (student, *teachers))
     longest = context - room
     if longest < 1:
         raise UserError(
@@ -121,14 +132,23 @@ def _limits(config: Config, student: ModelFacts, teacher: ModelFacts | None, *, 
         max_tokens=context,
         overlong=config.data.overlong,
         field="data.max_prompt_tokens",
+        teacher=_teacher_room(config, student, teachers, response=room),
     )
+
+
+def _teacher_room(
+    config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, response: int
+) -> TeacherRoom | None:
+    """A teacher that is the student has the student's context."""
+    context = min((teacher.context for teacher in teachers), default=student.context)
+    return TeacherRoom(context=context, response=response) if config.needs_teacher else None
 
 
 def check_ids(
     config: Config,
     data: TokenizedData,
     student: ModelFacts,
-    teacher: ModelFacts | None,
+    teachers: Sequence[ModelFacts],
     num_tokens: int,
     *,
     section: Literal["train", "eval"],
@@ -140,7 +160,7 @@ def check_ids(
     Raises:
         UserError: for the largest one that is not.
     """
-    known = min(num_tokens, student.head_rows, teacher.head_rows if teacher else num_tokens)
+    known = min(num_tokens, student.head_rows, *(teacher.head_rows for teacher in teachers))
     largest, source = max((_largest_id(record), record.source) for record in data.records)
     if largest >= known:
         raise UserError(
@@ -150,9 +170,11 @@ def check_ids(
             "Use models of one family, or leave the token out of the data.",
         )
     unknown = sorted(i for i in student.stop_ids if i >= known)
-    if teacher is not None and unknown:
+    for field, teacher in zip(config.teacher_fields, teachers, strict=False):
+        if not unknown or unknown[0] < min(teacher.head_rows, tokenizer_size(teacher.tokenizer)):
+            continue
         raise UserError(
-            "teacher.model",
+            f"{field}.model",
             teacher.path,
             f"does not know the student's stop token {student.tokenizer.convert_ids_to_tokens(unknown[0])!r}: rollouts "
             "could never end, and their ends could not be scored.",
@@ -162,7 +184,21 @@ def check_ids(
 
 def _largest_id(record: TokenizedRecord) -> int:
     responses = (record.completion.response_ids,) if record.completion else ()
-    return max(max(ids) for ids in (*record.prompts, *responses))
+    return max(max(ids) for ids in (*record.prompts, *record.scored_prompts, *responses))
+
+
+def teacher_notes(config: Config, data: TokenizedData) -> list[str]:
+    """How many records are the teacher's in a way of their own."""
+    notes = []
+    if data.num_teacher_prompts:
+        notes.append(
+            f"{data.num_teacher_prompts} of {len(data.records)} records have a prompt for the teacher alone "
+            f"(up to {data.longest_scored_prompt} tokens)"
+        )
+    for name in config.routes:
+        if not any(record.teacher == name for record in data.records):
+            notes.append(f"no training record names the teacher {name}: it is loaded in vain")
+    return notes
 
 
 def overlong_warning(config: Config, data: TokenizedData) -> str | None:

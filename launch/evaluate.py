@@ -9,8 +9,9 @@ import ray
 from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 
-from gkd.config.objective import DivergenceConfig, Reserved
-from gkd.errors import NotBuiltYet, UserError
+from gkd import divergences
+from gkd.config.divergence import DivergenceConfig
+from gkd.errors import UserError
 from gkd.evaluation import exact_match
 from gkd.packing import split_by_tokens
 from gkd.types import Prompt, Rollout, SampleId
@@ -153,12 +154,10 @@ class _Scorer:
 
 def _parse_divergence(kind: str) -> DivergenceConfig:
     try:
-        parsed: Any = TypeAdapter(DivergenceConfig).validate_python({"type": kind})
+        parsed: DivergenceConfig = TypeAdapter(DivergenceConfig).validate_python({"type": kind})
     except ValidationError:
-        known = "forward_kl, reverse_kl, generalized_jsd"
+        known = ", ".join(name for name in divergences.__all__ if name != "Divergence")
         raise UserError("--divergence", kind, "is not a known type.", f"Use one of: {known}.") from None
-    if isinstance(parsed, Reserved):
-        raise NotBuiltYet("--divergence", kind, "Use forward_kl, reverse_kl or generalized_jsd.")
     return parsed
 
 

@@ -12,10 +12,13 @@ from math import ceil
 from pathlib import Path
 
 from gkd.config import Config
-from gkd.config.objective import ForwardKl, ReverseKl, SftObjective
+from gkd.config.divergence import ForwardKl, ReverseKl
+from gkd.config.models import TeacherConfig
+from gkd.config.objective import MomentMatchingObjective, SftObjective, terms_of_type
 from gkd.logits import tokens_at_once
 from gkd.signals import SignalKind
 from launch.architecture import Architecture
+from launch.placement import teacher_workers
 from launch.signal_choice import signal_bytes
 
 GIB = 2**30
@@ -30,16 +33,18 @@ class Sizes:
 
     student: Architecture
     """The student."""
-    teacher: Architecture | None
-    """The teacher, where it is a model of its own."""
+    teachers: tuple[Architecture, ...]
+    """All teachers, where they are models of their own; else none."""
     adapter: int
     """Parameters of the LoRA adapter; 0 where all weights are trained."""
     rows: int
     """V: vocabulary rows in the loss."""
-    signal: SignalKind | None
-    """What the teacher workers send; None where there are none."""
+    signals: tuple[SignalKind, ...]
+    """What the workers of each teacher send; empty where there are none."""
     longest_prompt: int
     """In tokens."""
+    longest_scored_prompt: int
+    """Of the prompts that teachers read, in tokens."""
     longest_response: int
     """In tokens, sampled or from the data."""
 
@@ -49,7 +54,7 @@ class Need:
     """The memory of one kind of worker."""
 
     worker: str
-    """`trainer`, `rollout`, `teacher`, or `object store`: host memory that all of them share."""
+    """`trainer`, `rollout`, `teacher` (`launch.placement`), or `object store`: host memory that all share."""
     num: int
     """How many there are."""
     parts: dict[str, int]
@@ -73,8 +78,10 @@ def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
     if config.needs_engine:
         parts = _rollout(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
-    if config.teacher is not None and sizes.signal is not None:
-        needs.append(Need(worker="teacher", num=config.teacher.num_actors, parts=_teacher(config, sizes)))
+    for worker, teacher, scorer in zip(teacher_workers(config), config.all_teachers, _scorers(sizes), strict=False):
+        needs.append(Need(worker=worker, num=teacher.num_actors, parts=_teacher(config, teacher, scorer, sizes)))
+    if config.reward is not None:
+        needs.append(Need(worker="reward", num=1, parts={}))  # beside what the user's function needs
     if not on_gpu:
         needs = [Need(worker=n.worker, num=n.num, parts=n.parts | {"libraries": _LIBRARIES}) for n in needs]
     shared = _object_store(config, sizes, on_gpu=on_gpu)
@@ -90,6 +97,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - master weights: 4 n, over R likewise. ZeRO keeps them even where the weights are float32 already
     - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
     - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time
+    - moving average: 4 n, and n w beside it where w is not 4, whole on every rank
+    - critics: 16 bytes a parameter (float32, its gradient, AdamW's moments), whole on every rank
     - weight buckets: one gathered and one packed
     """
     trainer, student = config.trainer, sizes.student
@@ -115,6 +124,11 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
         parts["activations"] = student.num_layers * per_layer
     at_once = tokens_at_once(responses, sizes.rows, "cuda" if on_gpu else "cpu")
     parts["logits"] = 4 * at_once * sizes.rows * _logit_tensors(config)
+    if config.needs_teacher and any(teacher.backend == "student_ema" for teacher in config.all_teachers):
+        parts["moving average"] = trained * (4 if trainer.dtype == "float32" else 4 + width)
+    matching = terms_of_type(config.objective, MomentMatchingObjective)
+    if matching:
+        parts["critics"] = 16 * sum(_critic_parameters(one, sizes) for one in matching)
     if config.needs_engine:
         largest = (sizes.adapter and width) or student.largest_parameter * width
         parts["weight buckets"] = 2 * max(int(config.sync.bucket_mib * 2**20), largest)
@@ -146,6 +160,15 @@ def _logit_tensors(config: Config) -> int:
     return 10 if isinstance(divergence, ForwardKl | ReverseKl) else 15
 
 
+def _critic_parameters(objective: MomentMatchingObjective, sizes: Sizes) -> int:
+    """Of both critics, or of the one that there is."""
+    teacher = sizes.teachers[0] if sizes.teachers else sizes.student  # several are of one width
+    on_policy = teacher if objective.trunk == "own" else sizes.student
+    weight, rank = objective.off_policy_weight, objective.critic.rank
+    widths = [sizes.student.hidden_size] * (weight > 0) + [on_policy.hidden_size] * (weight < 1)
+    return sum(sizes.rows * width if rank is None else rank * (sizes.rows + width) for width in widths)
+
+
 def _rollout(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     """One GPU of an engine, or one engine on a CPU host.
 
@@ -166,36 +189,41 @@ def _rollout(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     }
 
 
-def _teacher(config: Config, sizes: Sizes) -> dict[str, int]:
-    """One teacher.
+Scorer = tuple[Architecture, SignalKind]
+"""A teacher and what its workers send."""
+
+
+def _scorers(sizes: Sizes) -> list[Scorer]:
+    return list(zip(sizes.teachers, sizes.signals, strict=False))
+
+
+def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> dict[str, int]:
+    """One worker of a teacher.
 
     - weights: P w
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
     - signals: of T tokens, twice: as computed and as sent
     """
-    assert config.teacher is not None and sizes.teacher is not None
-    width = _BYTES[config.teacher.dtype]
-    positions, responses = _scoring_batch(config, sizes)
+    width = _BYTES[teacher.dtype]
+    positions, responses = _scoring_batch(config, teacher, sizes)
     return {
-        "weights": sizes.teacher.num_parameters * width,
-        "activations": _activations(sizes.teacher, positions, width),
-        "signals": 2 * responses * _signal_bytes(config, sizes),
+        "weights": scorer[0].num_parameters * width,
+        "activations": _activations(scorer[0], positions, width),
+        "signals": 2 * responses * _signal_bytes(teacher, scorer, sizes),
     }
 
 
-def _scoring_batch(config: Config, sizes: Sizes) -> tuple[int, int]:
+def _scoring_batch(config: Config, teacher: TeacherConfig, sizes: Sizes) -> tuple[int, int]:
     """Positions and response tokens of a teacher's largest batch."""
-    assert config.teacher is not None
-    longest = sizes.longest_prompt + sizes.longest_response
-    sequences = min(config.teacher.sequences_per_batch, config.trainer.batch_size)
-    positions = max(longest, min(config.teacher.tokens_per_batch, sequences * longest))
+    longest = sizes.longest_scored_prompt + sizes.longest_response
+    sequences = min(teacher.sequences_per_batch, config.trainer.batch_size)
+    positions = max(longest, min(teacher.tokens_per_batch, sequences * longest))
     return positions, min(positions, sequences * sizes.longest_response)
 
 
-def _signal_bytes(config: Config, sizes: Sizes) -> int:
+def _signal_bytes(teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> int:
     """Of one token."""
-    assert config.teacher is not None and sizes.teacher is not None and sizes.signal is not None
-    return signal_bytes(sizes.signal, config.teacher, rows=sizes.rows, hidden_size=sizes.teacher.hidden_size)
+    return signal_bytes(scorer[1], teacher, rows=sizes.rows, hidden_size=scorer[0].hidden_size)
 
 
 def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
@@ -211,9 +239,12 @@ def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, in
     through_the_host = not on_gpu or sizes.adapter or config.sync.backend == "object_store"
     if config.needs_engine and through_the_host:
         parts["weights on their way"] = trained * width
-    if sizes.signal is not None:
+    pairs = zip(config.all_teachers, _scorers(sizes), strict=False)
+    each = [_signal_bytes(teacher, scorer, sizes) for teacher, scorer in pairs]
+    if each:
         tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_response
-        parts["teacher signals"] = tokens * _signal_bytes(config, sizes)
+        # A token has a signal from every teacher of a mixture, else from one.
+        parts["teacher signals"] = tokens * (sum(each) if config.mixture else max(each))
     if on_gpu and trainer.offload != "none":
         parts["offloaded"] = 12 * trained + (sizes.student.num_parameters * width if trainer.offload == "all" else 0)
     return parts

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from gkd.config import Config
 from gkd.config.objective import Reserved
 from gkd.errors import UserError
-from gkd.vocabulary import shared_tokens, tokenizer_size
+from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.architecture import Architecture, read_architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
@@ -26,26 +26,39 @@ def read_student(config: Config) -> ModelFacts:
     return read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
 
 
-def read_teacher(config: Config) -> ModelFacts | None:
-    """The teacher, where it is a model of its own.
+def read_teachers(config: Config) -> list[ModelFacts]:
+    """All teachers, where they are models of their own; else none.
 
     Raises:
-        UserError: if it cannot be read.
+        UserError: if one cannot be read.
     """
-    if not config.needs_teacher_workers or config.teacher is None or config.teacher.model is None:
-        return None
-    return read_model(config.teacher.model, field="teacher.model", need_weights=True)
+    return [read_model(model, field=field, need_weights=True) for field, model in teacher_models(config)]
 
 
-def shared_vocabulary(student: ModelFacts, teacher: ModelFacts | None) -> int:
-    """How many leading ids mean the same token to both.
+def teacher_models(config: Config) -> list[tuple[str, str]]:
+    """Config field and model of the teachers that workers run."""
+    pairs = zip(config.teacher_fields, config.all_teachers, strict=True)
+    models = [(f"{field}.model", teacher.model) for field, teacher in pairs if teacher.model is not None]
+    return models if config.needs_teacher_workers else []
+
+
+def shared_vocabulary(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> int:
+    """How many leading ids mean the same token to all.
 
     Raises:
-        UserError: if their tokenizers differ.
+        UserError: if a teacher's tokenizer differs from the student's.
     """
-    if teacher is None:
-        return tokenizer_size(student.tokenizer)
-    return shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="teacher.model")
+    sizes = [
+        shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field=f"{field}.model")
+        for field, teacher in zip(config.teacher_fields, teachers, strict=False)
+    ]
+    return min(sizes, default=tokenizer_size(student.tokenizer))
+
+
+def shared_head_rows(student: ModelFacts, teachers: Sequence[ModelFacts], num_tokens: int) -> int:
+    """Vocabulary rows in the loss."""
+    smallest = min((teacher.head_rows for teacher in teachers), default=None)
+    return shared_rows(student.head_rows, smallest, num_tokens)
 
 
 def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tuple[Architecture, int, list[str]]:
@@ -99,13 +112,19 @@ def host_has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
-def template_warning(
-    config: Config, student: ModelFacts, teacher: ModelFacts | None, records: Sequence[Record]
-) -> str | None:
-    """Where the teacher would write a conversation of the data otherwise than the student; None where it would not."""
+def template_warnings(
+    config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], records: Sequence[Record]
+) -> list[str]:
+    """Where teachers would write a conversation of the data otherwise than the student."""
     chat = next((record for record in records if isinstance(record, ChatRecord)), None)
-    if chat is None or teacher is None:
-        return None
+    if chat is None:
+        return []
+    found = [_template_warning(config, student, teacher, chat) for teacher in teachers]
+    prefixes = [""] if len(teachers) == 1 else [f"{field}: " for field in config.teacher_fields]
+    return [f"{prefix}{warning}" for prefix, warning in zip(prefixes, found, strict=False) if warning]
+
+
+def _template_warning(config: Config, student: ModelFacts, teacher: ModelFacts, chat: ChatRecord) -> str | None:
     if not teacher.tokenizer.chat_template:
         return "the teacher has no chat template: it reads conversations in the student's, which it may not know"
     ours, theirs = (

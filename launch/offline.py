@@ -7,13 +7,19 @@ from pathlib import Path
 
 from gkd.config import Config
 from gkd.config.data import DataSource
-from gkd.vocabulary import shared_rows
 from launch.architecture import read_architecture
-from launch.data import check_ids, path_field, tokenize_training
+from launch.data import check_ids, path_field, teacher_keys, tokenize_training
 from launch.memory import Sizes
-from launch.model_checks import check_student, read_student, read_teacher, shared_vocabulary
+from launch.model_checks import (
+    check_student,
+    read_student,
+    read_teachers,
+    shared_head_rows,
+    shared_vocabulary,
+    teacher_models,
+)
 from launch.preflight import Facts, check, check_settings, data_warnings
-from launch.signal_choice import choose_signal
+from launch.signal_choice import choose_signals
 from rollout.records import Record, read_records
 
 
@@ -49,9 +55,7 @@ def _absent(config: Config) -> dict[str, str]:
     absent = {}
     if not _model_is_here(config.student.model):
         absent["student.model"] = config.student.model
-    teacher = config.teacher.model if config.needs_teacher_workers and config.teacher else None
-    if teacher is not None and not _model_is_here(teacher):
-        absent["teacher.model"] = teacher
+    absent |= {field: model for field, model in teacher_models(config) if not _model_is_here(model)}
     for field, _, source in _sources(config):
         if not _source_is_here(source):
             absent[field] = source.path
@@ -75,30 +79,34 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         is_training = field.startswith("data.train")
         if field not in absent:
             needed = config.needs_completions and is_training
-            read = read_records(source, number=number, field=field, need_completions=needed)
+            read = read_records(
+                source, number=number, field=field, need_completions=needed, keys=teacher_keys(config)
+            )
             records += read if is_training else []
-    teacher = None if "teacher.model" in absent else read_teacher(config)
-    teacher_architecture = read_architecture(teacher.path, field="teacher.model") if teacher else None
+    # What is compared is compared with all teachers, so without one of them there are none.
+    teachers = [] if any(field in absent for field, _ in teacher_models(config)) else read_teachers(config)
+    teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
     if "student.model" in absent:
         return None, []
     student = read_student(config)
-    num_tokens = shared_vocabulary(student, teacher)
+    num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
     # Without the data, prompts are taken to be as long as they may be, or else as responses.
-    longest_prompt = config.data.max_prompt_tokens or config.rollout.max_new_tokens
+    longest_prompt = longest_scored = config.data.max_prompt_tokens or config.rollout.max_new_tokens
     if not any(field.startswith("data.train") for field in absent):
-        data = tokenize_training(config, records, student, teacher)
-        check_ids(config, data, student, teacher, num_tokens, section="train")
-        notes += [warning for warning in data_warnings(config, student, teacher, data, records) if warning]
-        longest_prompt = data.longest_prompt
-    rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
+        data = tokenize_training(config, records, student, teachers)
+        check_ids(config, data, student, teachers, num_tokens, section="train")
+        notes += [warning for warning in data_warnings(config, student, teachers, data, records) if warning]
+        longest_prompt, longest_scored = data.longest_prompt, data.longest_scored_prompt
+    rows = shared_head_rows(student, teachers, num_tokens)
     sizes = Sizes(
         student=architecture,
-        teacher=teacher_architecture,
+        teachers=teacher_architectures,
         adapter=adapter,
         rows=rows,
-        signal=choose_signal(config, teacher_architecture, rows=rows),
+        signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
+        longest_scored_prompt=longest_scored,
         longest_response=config.rollout.max_new_tokens,
     )
     return sizes, notes

@@ -13,11 +13,16 @@ class Place:
     """One worker's share of the machine."""
 
     worker: str
-    """`rollout`, `teacher` or `trainer`."""
+    """`rollout`, `teacher`, `trainer` or `reward`; of several teachers with the teacher's name after it."""
     num_cpus: float
     """CPU share that Ray books for it."""
     num_gpus: float
     """GPUs that Ray books for it."""
+
+    @property
+    def kind(self) -> str:
+        """`worker` without a name: those of one kind work at the same time."""
+        return self.worker.split(" ")[0]
 
 
 def available_cpus() -> int:
@@ -35,10 +40,19 @@ def needed_places(config: Config) -> list[Place]:
     workers = ["trainer"] * config.trainer.num_ranks
     if config.needs_engine:
         workers += ["rollout"] * config.rollout.num_actors
-    if config.needs_teacher_workers and config.teacher is not None:
-        workers += ["teacher"] * config.teacher.num_actors
-    gpus = {"trainer": 1, "teacher": 1, "rollout": config.rollout.tensor_parallel_size}
-    return [Place(worker, 1, gpus[worker]) for worker in workers]
+    if config.needs_teacher_workers:
+        for name, teacher in zip(teacher_workers(config), config.all_teachers, strict=True):
+            workers += [name] * teacher.num_actors
+    if config.reward is not None:
+        workers.append("reward")
+    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
+    return [Place(worker, 1, gpus.get(worker, 1)) for worker in workers]
+
+
+def teacher_workers(config: Config) -> list[str]:
+    """What the workers of each teacher are called."""
+    names = [teacher.name for teacher in config.all_teachers]
+    return ["teacher"] if len(names) == 1 else [f"teacher {name}" for name in names]
 
 
 def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Place]:

@@ -5,22 +5,33 @@ from dataclasses import dataclass
 
 from gkd.config import Config
 from gkd.errors import UserError
-from gkd.vocabulary import shared_rows
 from launch.architecture import read_architecture
-from launch.data import check_ids, overlong_warning, read_held_out, read_training, tokenize_held_out, tokenize_training
+from launch.data import (
+    check_ids,
+    overlong_warning,
+    read_held_out,
+    read_training,
+    teacher_notes,
+    tokenize_held_out,
+    tokenize_training,
+)
 from launch.memory import Sizes, estimate, memory_warning
 from launch.model_checks import (
     check_student,
     host_has_gpu,
     read_student,
-    read_teacher,
+    read_teachers,
+    shared_head_rows,
     shared_vocabulary,
-    template_warning,
+    template_warnings,
 )
 from launch.models import ModelFacts
+from launch.objective_needs import check_rewarded, objective_notes, records_logprobs
 from launch.outputs import check_folder
+from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
-from launch.signal_choice import check_signal, choose_signal
+from launch.reward_check import check_reward
+from launch.signal_choice import check_signal, choose_signals
 from rollout.records import Record, fingerprint
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
@@ -31,8 +42,8 @@ class Facts:
 
     student: ModelFacts
     """The student."""
-    teacher: ModelFacts | None
-    """The teacher, where there is one."""
+    teachers: tuple[ModelFacts, ...]
+    """All teachers, where they are models of their own; else none."""
     data: TokenizedData
     """Training records."""
     eval_records: list[Record]
@@ -40,7 +51,7 @@ class Facts:
     held_out: TokenizedData | None
     """The held-out records that evaluation uses, where the run is evaluated; their indices are those of the records."""
     num_tokens: int
-    """Ids below this mean a token, the same to student and teacher; no others are sampled."""
+    """Ids below this mean a token, the same to student and teachers; no others are sampled."""
     rows: int
     """Vocabulary rows in the loss."""
     stop_ids: tuple[int, ...]
@@ -53,6 +64,10 @@ class Facts:
     """Hash of the training records: a resumed run must train on the same."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
+    references: tuple[str | None, ...]
+    """The final answer of every training record, by its index; None where it has none."""
+    record_logprobs: bool
+    """Whether the rollout engines record the sampled tokens' log-probabilities."""
     warnings: tuple[str, ...]
     """What is allowed and yet worth knowing."""
 
@@ -70,40 +85,45 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     check_settings(config)
     records, eval_records = read_training(config), read_held_out(config)
 
-    student, teacher = read_student(config), read_teacher(config)
-    num_tokens = shared_vocabulary(student, teacher)
+    student, teachers = read_student(config), read_teachers(config)
+    num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
 
-    data = tokenize_training(config, records, student, teacher)
-    check_ids(config, data, student, teacher, num_tokens, section="train")
+    data = tokenize_training(config, records, student, teachers)
+    check_ids(config, data, student, teachers, num_tokens, section="train")
+    if config.reward is not None:
+        check_reward(config.reward, records, data.records, student.tokenizer)
     held_out = None
     if config.eval.every_steps:
-        held_out = tokenize_held_out(config, eval_records, student, teacher)
-        check_ids(config, held_out, student, teacher, num_tokens, section="eval")
+        held_out = tokenize_held_out(config, eval_records, student, teachers)
+        check_ids(config, held_out, student, teachers, num_tokens, section="eval")
         _check_answers(config, [eval_records[record.index].answer for record in held_out.records])
     answered = (*(data.records if config.needs_rollouts else ()), *(held_out.records if held_out else ()))
     response_room = config.rollout.max_new_tokens if config.needs_engine else 0
     longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
-    rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
-    teacher_architecture = read_architecture(teacher.path, field="teacher.model") if teacher else None
+    longest_scored = max(data.longest_scored_prompt, held_out.longest_scored_prompt if held_out else 0)
+    rows = shared_head_rows(student, teachers, num_tokens)
+    teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
     sizes = Sizes(
         student=architecture,
-        teacher=teacher_architecture,
+        teachers=teacher_architectures,
         adapter=adapter,
         rows=rows,
-        signal=choose_signal(config, teacher_architecture, rows=rows),
+        signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
+        longest_scored_prompt=longest_scored,
         longest_response=max(response_room, _longest_completion(data)),
     )
     warnings = [
         *notes,
-        *data_warnings(config, student, teacher, data, records),
-        *_warnings(config, student, teacher),
+        *data_warnings(config, student, teachers, data, records),
+        *_warnings(config, student, teachers),
+        *objective_notes(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
     return Facts(
         student=student,
-        teacher=teacher,
+        teachers=tuple(teachers),
         data=data,
         eval_records=eval_records,
         held_out=held_out,
@@ -114,6 +134,8 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         max_model_len=max((len(record.prompt_ids) for record in answered), default=0) + response_room,
         data_fingerprint=fingerprint(records),
         sizes=sizes,
+        references=tuple(record.answer for record in records),
+        record_logprobs=records_logprobs(config),
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
 
@@ -126,6 +148,8 @@ def check_settings(config: Config) -> None:
     """
     check_folder(config.run.output_dir, field="run.output_dir")
     check_signal(config)
+    check_rewarded(config)
+    records_logprobs(config)
 
 
 def _check_answers(config: Config, answers: Sequence[str | None]) -> None:
@@ -144,30 +168,32 @@ def _longest_completion(data: TokenizedData) -> int:
 
 
 def data_warnings(
-    config: Config, student: ModelFacts, teacher: ModelFacts | None, data: TokenizedData, records: Sequence[Record]
+    config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], data: TokenizedData, records: Sequence[Record]
 ) -> list[str | None]:
     """What is worth knowing of the data; None where there is nothing."""
     used = len(data.records) * (config.rollout.samples_per_prompt if config.needs_rollouts else 1)
     repeated = f"trainer.batch_size = {config.trainer.batch_size}: a step uses some records several times"
     return [
         overlong_warning(config, data),
-        template_warning(config, student, teacher, records),
+        *template_warnings(config, student, teachers, records),
+        *teacher_notes(config, data),
         repeated if used < config.trainer.batch_size else None,
     ]
 
 
-def _warnings(config: Config, student: ModelFacts, teacher: ModelFacts | None) -> list[str]:
+def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> list[str]:
     found: list[str] = []
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
-    if teacher is not None and teacher.stop_ids != student.stop_ids:
-        found.append(
-            f"stop tokens differ: student {sorted(student.stop_ids)}, teacher {sorted(teacher.stop_ids)}; "
-            "rollouts end at the student's"
-        )
+    for name, teacher in zip(teacher_workers(config), teachers, strict=False):
+        if teacher.stop_ids != student.stop_ids:
+            found.append(
+                f"stop tokens differ: student {sorted(student.stop_ids)}, {name} {sorted(teacher.stop_ids)}; "
+                "rollouts end at the student's"
+            )
     if config.needs_rollouts and config.rollout.temperature < 0.5:
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
-    if config.teacher is not None and not config.needs_teacher:
+    if config.all_teachers and not config.needs_teacher:
         found.append(f"the {config.objective.type} objective has no use for a teacher: it is not loaded")
     return found
 

@@ -118,7 +118,7 @@ class Workers:
     def _start(self, index: int, actor_class: Any, settings: Any, env: dict[str, str]) -> Any:
         self._free.remove(index)
         place = self._places[index]
-        sharing = sum(other.worker == place.worker for other in self._places)
+        sharing = sum(other.kind == place.kind for other in self._places)
         env = _environment(place, sharing) | env
         options = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "runtime_env": {"env_vars": env}}
         actor = self._on_place(actor_class, index, **options).remote(settings)

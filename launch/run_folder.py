@@ -14,9 +14,10 @@ from trainer.checkpoint import Checkpoint
 _MAY_CHANGE = {
     "run": {"name", "output_dir", "resume"},
     "teacher": {"name", "num_actors", "tokens_per_batch", "sequences_per_batch"},
+    "teachers": {"num_actors", "tokens_per_batch", "sequences_per_batch"},
     "rollout": {
         "num_actors", "max_restarts", "timeout_s", "tensor_parallel_size", "max_concurrent", "kv_cache_gib",
-        "gpu_memory_utilization",
+        "gpu_memory_utilization", "record_logprobs",
     },
     "trainer": {"max_steps", "checkpoint_every", "keep_last", "tokens_per_micro_batch", "learning_rate", "lr_schedule",
                 "warmup_steps", "gradient_checkpointing"},
@@ -134,12 +135,15 @@ def _fixed(config: dict[str, Any]) -> dict[str, Any]:
         may_change = _MAY_CHANGE.get(section, set())
         if may_change is None:
             continue
-        fixed[section] = (
-            {key: value for key, value in values.items() if key not in may_change}
-            if isinstance(values, dict)
-            else values
-        )
+        fixed[section] = _without(values, may_change)
     return fixed
+
+
+def _without(values: Any, keys: set[str]) -> Any:
+    """A section, or each entry of a list, without some keys."""
+    if isinstance(values, list):
+        return [_without(entry, keys) for entry in values]
+    return {key: value for key, value in values.items() if key not in keys} if isinstance(values, dict) else values
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from gkd.config.objective import DistillObjective, SftObjective
+from gkd.config.objective import BuiltObjective, DistillObjective
 from gkd.errors import UserError
 from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs, build_objective
@@ -30,7 +30,7 @@ _LARGE = 20_000_000
 """Parameters above which widths are cut too, so that the test takes no longer for large models."""
 
 
-def self_test(path: str, objective: DistillObjective | SftObjective, *, field: str) -> str | None:
+def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None:
     """Run the test.
 
     Args:

@@ -1,77 +1,137 @@
 """In which form the teacher's judgement travels: what the objective requires, the teacher provides, and is smallest."""
 
+from collections.abc import Sequence
+
 from gkd.config import Config
 from gkd.config.models import TeacherConfig
 from gkd.config.objective import Reserved
 from gkd.errors import UserError
 from gkd.objectives import build_objective
-from gkd.signals import WHOLE_DISTRIBUTION, SignalKind
+from gkd.signals import ANY_DISTRIBUTION, WHOLE_DISTRIBUTION, SignalKind
 from launch.architecture import Architecture
 
 PROVIDES: dict[str, frozenset[SignalKind]] = {
     "hf": WHOLE_DISTRIBUTION | {SignalKind.TOP_K, SignalKind.SAMPLED_LOGPROBS},
     "vllm": frozenset({SignalKind.TOP_K, SignalKind.SAMPLED_LOGPROBS}),
     "student_base": WHOLE_DISTRIBUTION,
+    "student_ema": WHOLE_DISTRIBUTION,
 }
 """What each `teacher.backend` can send."""
 
+_VIEWS: tuple[frozenset[SignalKind], ...] = (
+    # Who can do with the sampled token compares nothing else.
+    frozenset({SignalKind.SAMPLED_LOGPROBS}),
+    WHOLE_DISTRIBUTION,
+    frozenset({SignalKind.TOP_K}),
+    frozenset({SignalKind.ATTENTION_RELATIONS}),
+)
+"""Kinds that may mix in one batch, the first choice first."""
 
-def check_signal(config: Config) -> frozenset[SignalKind]:
-    """The kinds that would do, of which `teacher.signal: auto` may choose; empty if no teacher is needed.
+
+def check_signal(config: Config) -> tuple[frozenset[SignalKind], ...]:
+    """For each teacher the kinds that would do, of which its `signal: auto` may choose; empty if none is needed.
+
+    The teachers' signals meet in one batch, so they are of one view.
 
     Raises:
-        UserError: if the teacher cannot give what the objective requires, or the config names another kind.
+        UserError: if a teacher cannot give what the objective requires, or the config names another kind.
     """
     assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     required = build_objective(config.objective).requires
-    if not required or config.teacher is None:
-        return frozenset()
-    backend, asked = config.teacher.backend, config.teacher.signal
+    if not required or not config.all_teachers:
+        return ()
+    # The teacher's signal is the same for what is trained on and what is evaluated.
+    if config.eval.every_steps > 0 and "divergence" in config.measured:
+        required &= ANY_DISTRIBUTION
+        if not required or any(teacher.signal == SignalKind.SAMPLED_LOGPROBS for teacher in config.all_teachers):
+            raise UserError(
+                "eval.metrics",
+                config.eval.metrics,
+                "include divergence, and the teacher says nothing but the log-probabilities of the sampled tokens.",
+                "Leave it out, or set teacher.signal to auto.",
+            )
+    who = f"the {config.objective.type} objective"
+    if config.mixture is not None:
+        required, who = _of_a_mixture(config, required), "a mixture of teachers"
+    pairs = zip(config.teacher_fields, config.all_teachers, strict=True)
+    possible = [_possible(field, teacher, required, who) for field, teacher in pairs]
+    for view in _VIEWS:
+        if all(kinds & view for kinds in possible):
+            return tuple(kinds & view for kinds in possible)
+    signals = ", ".join(f"{teacher.name}: {teacher.signal} on {teacher.backend}" for teacher in config.all_teachers)
+    raise UserError(
+        "teachers", signals, "cannot be compared as one.", "Give all teachers one `signal`, or leave all at auto."
+    )
+
+
+def _of_a_mixture(config: Config, required: frozenset[SignalKind]) -> frozenset[SignalKind]:
+    """Of the required kinds, those that can be mixed."""
+    if SignalKind.FULL_LOGITS in required:
+        return required & WHOLE_DISTRIBUTION
+    raise UserError(
+        "teachers",
+        ", ".join(teacher.name for teacher in config.all_teachers),
+        f"are a mixture, which has no {_listed(required)}, and the {config.objective.type} objective requires that.",
+        "Remove the weights, so that each record has one teacher, or name one teacher.",
+    )
+
+
+def _possible(field: str, teacher: TeacherConfig, required: frozenset[SignalKind], who: str) -> frozenset[SignalKind]:
+    """The kinds that one teacher may send."""
+    backend, asked = teacher.backend, teacher.signal
     possible = required & PROVIDES[backend]
     if not possible:
         raise UserError(
-            "teacher.backend",
+            f"{field}.backend",
             backend,
-            f"provides {_listed(PROVIDES[backend])}, and the {config.objective.type} objective requires "
-            f"{_listed(required)}.",
+            f"provides {_listed(PROVIDES[backend])}, and {who} requires {_listed(required)}.",
             "Use the backend hf, or another objective.",
         )
     if asked == "auto":
         return possible
     if asked not in required:
-        raise UserError(
-            "teacher.signal",
-            asked,
-            f"is not what the {config.objective.type} objective requires.",
-            f"Use {_listed(possible)}.",
-        )
+        raise UserError(f"{field}.signal", asked, f"is not what {who} requires.", f"Use {_listed(possible)}.")
     if asked not in possible:
         raise UserError(
-            "teacher.signal", asked, f"is not what a teacher on {backend} provides.", f"Use {_listed(possible)}."
+            f"{field}.signal", asked, f"is not what a teacher on {backend} provides.", f"Use {_listed(possible)}."
         )
     return frozenset({SignalKind(asked)})
 
 
-def choose_signal(config: Config, teacher: Architecture | None, *, rows: int) -> SignalKind | None:
-    """What the teacher workers send: the smallest of the kinds that would do. None where there are none.
+def choose_signals(config: Config, teachers: Sequence[Architecture], *, rows: int) -> tuple[SignalKind, ...]:
+    """What the workers of each teacher send: the smallest of the kinds that would do. Empty where there are none.
 
     Args:
         config: the run's.
-        teacher: the architecture of the teacher; None where it has no workers of its own.
+        teachers: the architectures of all teachers; none where they have no workers of their own.
         rows: V.
 
     Raises:
-        UserError: as `check_signal`.
+        UserError: as `check_signal`; or if the objective reads hidden states, and the teachers' are of several widths.
     """
     possible = check_signal(config)
-    if teacher is None or not possible:
-        return None
-    if SignalKind.SAMPLED_LOGPROBS in possible:
-        return SignalKind.SAMPLED_LOGPROBS  # who can do with the sampled token compares nothing else
-    whole = possible & WHOLE_DISTRIBUTION
-    if len(whole) == 2:
+    if not teachers or not possible:
+        return ()
+    widths = {teacher.hidden_size for teacher in teachers}
+    if len(widths) > 1 and _reads_hidden(config):
+        raise UserError(
+            "teachers",
+            ", ".join(str(teacher.hidden_size) for teacher in teachers),
+            f"are the widths of their hidden states, which the {config.objective.type} objective reads as one.",
+            "Use teachers of one width.",
+        )
+    return tuple(_smallest(kinds, teacher, rows) for kinds, teacher in zip(possible, teachers, strict=True))
+
+
+def _reads_hidden(config: Config) -> bool:
+    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
+    return build_objective(config.objective).requires == {SignalKind.HIDDEN_STATES}
+
+
+def _smallest(possible: frozenset[SignalKind], teacher: Architecture, rows: int) -> SignalKind:
+    if possible == WHOLE_DISTRIBUTION:
         return SignalKind.HIDDEN_STATES if teacher.hidden_size < rows else SignalKind.FULL_LOGITS
-    return min(whole or possible)
+    return min(possible)
 
 
 def signal_bytes(kind: SignalKind, teacher: TeacherConfig, *, rows: int, hidden_size: int) -> int:

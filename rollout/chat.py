@@ -49,7 +49,15 @@ class ChatTemplate:
             UserError: if there is no template, or it refuses the conversation.
         """
         ends_answered = record.messages[-1]["role"] == "assistant"
-        return self._render(record, len(record.messages) - ends_answered, ask=True)
+        return self._render(record, record.messages[: len(record.messages) - ends_answered], ask=True)
+
+    def teacher_prompt(self, record: ChatRecord) -> str | None:
+        """What the teacher is asked in the student's place; None where it is asked the same.
+
+        Raises:
+            UserError: as `prompt`.
+        """
+        return None if record.teacher_prompt is None else self._render(record, record.teacher_prompt, ask=True)
 
     def conversation(self, record: ChatRecord) -> RenderedChat | None:
         """The conversation in pieces; None where the assistant says nothing.
@@ -61,17 +69,17 @@ class ChatTemplate:
         turns = [i for i, message in enumerate(record.messages) if message["role"] == "assistant"]
         if not turns:
             return None
-        prompt = asked = answered = self._render(record, turns[0], ask=True)
+        prompt = asked = answered = self._render(record, record.messages[: turns[0]], ask=True)
         segments: list[Segment] = []
         for turn in turns:
             if segments:
-                asked = self._render(record, turn, ask=True)
+                asked = self._render(record, record.messages[:turn], ask=True)
                 segments.append(Segment(_added(record, answered, asked), by_assistant=False))
-            answered = self._render(record, turn + 1, ask=False)
+            answered = self._render(record, record.messages[: turn + 1], ask=False)
             segments.append(Segment(_added(record, asked, answered), by_assistant=True))
         return RenderedChat(prompt, tuple(segments))
 
-    def _render(self, record: ChatRecord, num_messages: int, *, ask: bool) -> str:
+    def _render(self, record: ChatRecord, messages: Sequence[dict[str, Any]], *, ask: bool) -> str:
         from jinja2 import TemplateError
 
         if not (self._tokenizer.chat_template or self._kwargs.get("chat_template")):
@@ -83,7 +91,7 @@ class ChatTemplate:
             )
         try:
             return self._tokenizer.apply_chat_template(
-                list(record.messages[:num_messages]), tokenize=False, add_generation_prompt=ask, **self._kwargs
+                list(messages), tokenize=False, add_generation_prompt=ask, **self._kwargs
             )
         except (TemplateError, TypeError, ValueError, LookupError) as error:
             raise record.origin.error(

@@ -62,7 +62,7 @@ class HfTeacher:
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
         """Signals of one group, scored in one batch: one for each rollout's response, in order."""
         packed = pack(
-            [r.prompt_ids for r in rollouts],
+            [r.scored_prompt_ids for r in rollouts],
             [r.response_ids for r in rollouts],
             share_rows=self._forward.share_rows,
         )

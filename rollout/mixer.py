@@ -3,11 +3,11 @@
 A step's plan is a pure function of the seed, the step and the data: nothing about it depends on what finishes when.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from gkd.packing import split_by_tokens
+from gkd.scoring import GroupLimits, scoring_groups
 from gkd.seeds import generator
 from gkd.types import Prompt, Rollout, SampleId
 from rollout.prompts import PromptStream
@@ -26,7 +26,8 @@ class StepPlan:
     off_policy: tuple[Rollout, ...]
     """Samples whose response is the dataset's."""
     groups: tuple[tuple[SampleId, ...], ...]
-    """Scoring groups: each is scored in one batch as soon as all its members are there. Every sample is in one."""
+    """Scoring groups: each is scored by one teacher, or by all of a mixture, in one batch as soon as all its members
+    are there. Every sample is in one."""
 
 
 class Mixer:
@@ -41,18 +42,16 @@ class Mixer:
         on_policy_fraction: float,
         mixing: Literal["per_step", "per_sample"],
         max_new_tokens: int,
-        group_tokens: int,
-        group_sequences: int,
+        limits: Mapping[str | None, GroupLimits],
     ) -> None:
-        """Args are the config's; `group_tokens` bounds a scoring group counted with the longest possible responses."""
+        """Args are the config's; `limits` of each teacher's scoring groups, counted with the longest responses."""
         self._stream = stream
         self._seed = seed
         self._batch_size = batch_size
         self._on_policy_fraction = on_policy_fraction
         self._mixing = mixing
         self._max_new_tokens = max_new_tokens
-        self._group_tokens = group_tokens
-        self._group_sequences = group_sequences
+        self._limits = limits
 
     def plan(self, step: int) -> StepPlan:
         """The plan of optimizer step `step`, from 1."""
@@ -81,9 +80,10 @@ class Mixer:
         for student in (False, True):
             members = [prompt for prompt, is_student in zip(prompts, mask, strict=True) if is_student == student]
             lengths = [
-                len(p.token_ids) + self._max_new_tokens if student else len(from_dataset(p).token_ids) for p in members
+                len(p.scored_prompt_ids) + self._max_new_tokens if student else from_dataset(p).num_scored_tokens
+                for p in members
             ]
-            for group in split_by_tokens(lengths, self._group_tokens, max_sequences=self._group_sequences):
+            for group in scoring_groups([prompt.teacher for prompt in members], lengths, self._limits):
                 groups.append(tuple(members[i].id for i in group))
         return tuple(groups)
 
@@ -100,4 +100,6 @@ def from_dataset(prompt: Prompt) -> Rollout:
         source="dataset",
         versions=None,
         loss_mask=completion.loss_mask,
+        teacher=prompt.teacher,
+        teacher_prompt_ids=prompt.teacher_prompt_ids,
     )

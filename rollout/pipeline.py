@@ -6,7 +6,7 @@ One thread runs every callback, so nothing here is locked but the hand-over to t
 |---|---|---|---|
 | the window (trained version + max_staleness) | step plans | prompts in flight | `release` |
 | rollouts of a scoring group | rollouts | groups at the teacher | a sequence that finishes |
-| groups of a step | signals | a scored batch | the teacher |
+| groups of a step | signals, rewards | a scored batch | the teacher, the reward function |
 | `take` (the trainer) | scored batches | | the pipeline |
 
 Staleness is bounded by construction: step s is dispatched once version s - 1 - max_staleness is published, so the
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gkd.interfaces import GroupKey, Rollouts, ScoredBatch, ScoredGroup, Teachers
+from gkd.interfaces import GroupKey, Rewards, Rollouts, ScoredBatch, ScoredGroup, Teachers
 from gkd.types import Rollout, SampleId
 from rollout.mixer import Mixer, StepPlan
 
@@ -39,6 +39,7 @@ class _Assembly:
     missing: list[int] = field(default_factory=list)
     """Per group, members that have not finished."""
     scored: dict[int, ScoredGroup] = field(default_factory=dict)
+    rewarded: dict[int, Sequence[float] | None] = field(default_factory=dict)
     rollout_s: float = 0.0
 
 
@@ -50,6 +51,7 @@ class Pipeline:
         mixer: Mixer,
         rollouts: Rollouts,
         teachers: Teachers,
+        rewards: Rewards,
         *,
         first_step: int,
         last_step: int,
@@ -64,6 +66,7 @@ class Pipeline:
         self._mixer = mixer
         self._rollouts = rollouts
         self._teachers = teachers
+        self._rewards = rewards
         self._next_step = first_step
         self._last_step = last_step
         self._max_staleness = max_staleness
@@ -77,6 +80,7 @@ class Pipeline:
         self._thread = threading.Thread(target=self._run, name="pipeline", daemon=True)
         rollouts.connect(self._callbacks.put, self._rollout_finished)
         teachers.connect(self._callbacks.put, self._group_scored)
+        rewards.connect(self._callbacks.put, self._group_rewarded)
 
     def __enter__(self) -> "Pipeline":
         self._idle_s = (self._rollouts.idle_s(), self._teachers.idle_s())
@@ -128,9 +132,20 @@ class Pipeline:
             return self._callbacks.get(timeout=max(0.0, remaining) if self._assemblies else None)
         except queue.Empty:
             raise TimeoutError(
-                f"no rollout and no teacher signal finished in {self._timeout_s:g} s while steps "
-                f"{sorted(self._assemblies)} were being made (rollout.timeout_s sets this limit)"
+                f"no rollout, teacher signal or reward finished in {self._timeout_s:g} s while steps "
+                f"{sorted(self._assemblies)} were being made; {self._awaited()} (rollout.timeout_s sets this limit)"
             ) from None
+
+    def _awaited(self) -> str:
+        """What is not there yet."""
+        assemblies = list(self._assemblies.values())
+        rollouts = sum(sum(assembly.missing) for assembly in assemblies)
+        complete = sum(assembly.missing.count(0) for assembly in assemblies)
+        signals = complete - sum(len(assembly.scored) for assembly in assemblies)
+        rewards = complete - sum(len(assembly.rewarded) for assembly in assemblies)
+        return (
+            f"awaited are {rollouts} rollouts, and of complete groups {signals} signals and {rewards} sets of rewards"
+        )
 
     def _dispatch(self, version: int) -> None:
         self._progress_at = time.monotonic()
@@ -159,19 +174,27 @@ class Pipeline:
         if assembly.missing[group] == 0:
             members: Sequence[Rollout] = [assembly.rollouts[sample] for sample in assembly.plan.groups[group]]
             self._teachers.submit((step, group), members)
+            self._rewards.submit((step, group), members)
 
     def _group_scored(self, key: GroupKey, scored: ScoredGroup) -> None:
-        self._progress_at = time.monotonic()
         step, group = key
-        assembly = self._assemblies[step]
-        assembly.scored[group] = scored
+        self._assemblies[step].scored[group] = scored
+        self._group_finished()
+
+    def _group_rewarded(self, key: GroupKey, rewards: Sequence[float] | None) -> None:
+        step, group = key
+        self._assemblies[step].rewarded[group] = rewards
+        self._group_finished()
+
+    def _group_finished(self) -> None:
+        self._progress_at = time.monotonic()
         # Batches leave in step order: a later step that is complete waits for the earlier one.
         while self._assemblies and self._is_complete(first := min(self._assemblies)):
             self._ready.put(self._finish(self._assemblies.pop(first)))
 
     def _is_complete(self, step: int) -> bool:
         assembly = self._assemblies[step]
-        return len(assembly.scored) == len(assembly.plan.groups)
+        return len(assembly.scored) == len(assembly.rewarded) == len(assembly.plan.groups)
 
     def _finish(self, assembly: _Assembly) -> ScoredBatch:
         scored = [assembly.scored[group] for group in range(len(assembly.plan.groups))]
@@ -186,7 +209,19 @@ class Pipeline:
             rollout_wait_s=self._idle_s[0] - before[0],
             teacher_wait_s=self._idle_s[1] - before[1],
             signal_bytes=sum(group.num_bytes for group in scored),
+            rewards=_in_order(assembly),
         )
+
+
+def _in_order(assembly: _Assembly) -> tuple[float, ...] | None:
+    """The rewards of a complete step in the order of its samples; None where there are none."""
+    found: dict[SampleId, float] = {}
+    for number, group in enumerate(assembly.plan.groups):
+        rewards = assembly.rewarded[number]
+        if rewards is None:
+            return None
+        found |= zip(group, rewards, strict=True)
+    return tuple(found[sample] for sample in assembly.plan.samples)
 
 
 class NoTeacher:
@@ -203,6 +238,18 @@ class NoTeacher:
     def idle_s(self) -> float:
         """There is nobody to wait."""
         return 0.0
+
+
+class NoRewards:
+    """In the reward function's place where there is none."""
+
+    def connect(self, post: object, deliver: Callable[[GroupKey, Sequence[float] | None], None]) -> None:
+        """Only `deliver` matters: groups are submitted on the pipeline's thread."""
+        self._deliver = deliver
+
+    def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
+        """Deliver no rewards."""
+        self._deliver(key, None)
 
 
 class NoRollouts:

@@ -58,6 +58,8 @@ class PromptStream:
             id=SampleId(epoch, record.index, sample_index),
             token_ids=record.prompt_ids,
             completion=record.completion,
+            teacher=record.teacher,
+            teacher_prompt_ids=record.teacher_prompt_ids,
         )
 
 

@@ -108,7 +108,8 @@ def _split_of(saved: Any, source: DataSource, field: str) -> Any:
 
 def _used(source: DataSource, columns: list[str], field: str) -> list[str]:
     """The columns that a record is made of, so that no others are decoded."""
-    used = [c for c in (source.prompt_field, source.completion_field, source.messages_field) if c in columns]
+    known = (source.prompt_field, source.completion_field, source.messages_field)
+    used = [c for c in (*known, source.teacher_prompt_field, source.teacher_field) if c in columns]
     if source.prompt_field not in used and source.messages_field not in used:
         raise UserError(
             field,

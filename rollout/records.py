@@ -39,6 +39,10 @@ class TextRecord:
     """What the student reads."""
     completion: str | None
     """What the dataset answers, without a stop token."""
+    teacher_prompt: str | None = None
+    """What the teacher reads in the prompt's place; None: the prompt."""
+    teacher: str | None = None
+    """Name of the teacher that scores it; None where there is no choice."""
 
     @property
     def answer(self) -> str | None:
@@ -59,6 +63,11 @@ class ChatRecord:
     """Where it comes from."""
     messages: tuple[dict[str, Any], ...]
     """The turns, other keys that a template may read (such as tool calls) included. The first is no assistant's."""
+    teacher_prompt: tuple[dict[str, Any], ...] | None = None
+    """The turns that the teacher reads in the place of those before the assistant's final one; None: the same. Neither
+    the first nor the last is an assistant's."""
+    teacher: str | None = None
+    """Name of the teacher that scores it; None where there is no choice."""
 
     @property
     def answer(self) -> str | None:
@@ -74,7 +83,23 @@ class ChatRecord:
 Record = TextRecord | ChatRecord
 
 
-def read_records(source: DataSource, *, number: int, field: str, need_completions: bool) -> list[Record]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherKeys:
+    """What is read of a record for its teacher."""
+
+    prompts: bool = False
+    """Whether its teacher's own prompt is. Without a teacher nobody would read it."""
+    routes: tuple[str, ...] = ()
+    """Names of the teachers of which it may name one, the one that it has otherwise first; empty where there is no
+    choice."""
+
+
+NO_TEACHER = TeacherKeys()
+
+
+def read_records(
+    source: DataSource, *, number: int, field: str, need_completions: bool, keys: TeacherKeys = NO_TEACHER
+) -> list[Record]:
     """Read a source.
 
     Args:
@@ -82,16 +107,24 @@ def read_records(source: DataSource, *, number: int, field: str, need_completion
         number: its number in the config's list.
         field: the config field or argument that named it, for messages.
         need_completions: refuse records without anything that an assistant said.
+        keys: what is read for teachers.
 
     Raises:
-        UserError: for a source that cannot be read or is empty, and for the first bad record, by line or row.
+        UserError: for a source that cannot be read or is empty, for the first bad record, by line or row, and for a
+            teacher's key that is named and in no record.
     """
     records = [
-        _parse(row, source, Origin(field, place, number), need_completion=need_completions)
+        _parse(row, source, Origin(field, place, number), need_completion=need_completions, keys=keys)
         for place, row in rows(source, field=field)
     ]
     if not records:
         raise UserError(field, source.path, "holds no records.", 'Write one {"prompt": ...} or {"messages": ...} each.')
+    name = source.teacher_prompt_field
+    is_default = name == DataSource.model_fields["teacher_prompt_field"].default
+    if keys.prompts and not is_default and all(record.teacher_prompt is None for record in records):
+        raise UserError(
+            field, source.path, f"has no record with a {name}.", "Correct teacher_prompt_field, or remove it."
+        )
     return records
 
 
@@ -99,17 +132,27 @@ def fingerprint(records: Iterable[Record]) -> str:
     """A hash of all that the records hold and of the source that each belongs to, whatever format they came in."""
     digest = hashlib.sha256()
     for record in records:
-        text = json.dumps([record.origin.source, record.content], sort_keys=True, default=str)
+        known = [record.origin.source, record.content]
+        if record.teacher_prompt is not None or record.teacher is not None:
+            known += [record.teacher_prompt, record.teacher]
+        text = json.dumps(known, sort_keys=True, default=str)
         digest.update(text.encode() + b"\n")
     return digest.hexdigest()[:16]
 
 
-def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: bool) -> Record:
+def _parse(
+    row: Any, source: DataSource, origin: Origin, *, need_completion: bool, keys: TeacherKeys = NO_TEACHER
+) -> Record:
     if not isinstance(row, dict):
         raise origin.error("is no JSON object.", 'Write {"prompt": "some text"} or {"messages": [...]}.')
+    teacher = _parse_route(row.get(source.teacher_field), source.teacher_field, origin, keys.routes)
+    privileged = row.get(source.teacher_prompt_field) if keys.prompts else None
     messages = row.get(source.messages_field)
     if messages is not None:
-        return ChatRecord(origin, _parse_messages(messages, origin, need_completion=need_completion))
+        turns = _parse_messages(messages, origin, need_completion=need_completion)
+        if privileged is not None:
+            privileged = _parse_teacher_turns(privileged, turns, source, origin, need_completion=need_completion)
+        return ChatRecord(origin, turns, privileged, teacher)
     prompt = row.get(source.prompt_field)
     if prompt is None or prompt == "":
         raise origin.error(
@@ -118,18 +161,57 @@ def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: boo
             "other keys.",
         )
     completion = row.get(source.completion_field)
-    for name, value in ((source.prompt_field, prompt), (source.completion_field, completion)):
+    texts = {
+        source.prompt_field: prompt,
+        source.completion_field: completion,
+        source.teacher_prompt_field: privileged,
+    }
+    for name, value in texts.items():
         if value is not None and not isinstance(value, str):
             raise origin.error(f"has a {name} that is no text but {type(value).__name__}.", "Make it a string.")
     if completion is None and need_completion:
         raise origin.error(f"has no {source.completion_field}.", _NEEDS_COMPLETIONS)
-    return TextRecord(origin, prompt, completion)
+    if privileged == "":
+        raise origin.error(f"has an empty {source.teacher_prompt_field}.", _FOR_TEACHER)
+    return TextRecord(origin, prompt, completion, privileged, teacher)
 
 
-def _parse_messages(messages: Any, origin: Origin, *, need_completion: bool) -> tuple[dict[str, Any], ...]:
+def _parse_route(name: Any, key: str, origin: Origin, routes: Sequence[str]) -> str | None:
+    """The teacher that scores a record; None where there is no choice."""
+    if not routes or name is None:
+        return routes[0] if routes else None
+    if name not in routes:
+        raise origin.error(f"has the {key} {name!r}, which the config does not name.", f"Use one of: {_listed(routes)}.")
+    return str(name)
+
+
+def _parse_teacher_turns(
+    given: Any, turns: Sequence[dict[str, Any]], source: DataSource, origin: Origin, *, need_completion: bool
+) -> tuple[dict[str, Any], ...]:
+    """What a conversation's teacher reads before the assistant's final turn."""
+    name = source.teacher_prompt_field
+    if given == "" or not isinstance(given, str | Sequence):
+        raise origin.error(f"has a {name} that is neither messages nor a text.", _FOR_TEACHER)
+    parsed = _parse_messages([{"role": "user", "content": given}] if isinstance(given, str) else given, origin, key=name)
+    if parsed[-1]["role"] == "assistant":
+        raise origin.error(f"has a {name} that ends with the assistant's turn.", _FOR_TEACHER)
+    if need_completion and any(turn["role"] == "assistant" for turn in turns[:-1]):
+        raise origin.error(
+            f"has a {name} and several turns of the assistant that are trained on: the teacher's prompt stands for what "
+            "precedes one.",
+            "Split the conversation so that each record ends with its only assistant's turn, or set "
+            "data.on_policy_fraction: 1.",
+        )
+    return parsed
+
+
+def _parse_messages(
+    messages: Any, origin: Origin, *, need_completion: bool = False, key: str = "messages"
+) -> tuple[dict[str, Any], ...]:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
-        raise origin.error("has messages that are no list of turns.", _TURNS)
-    turns = tuple(_parse_message(message, f"message {i}", origin) for i, message in enumerate(messages, start=1))
+        raise origin.error(f"has {key} that are no list of turns.", _TURNS)
+    prefix = "" if key == "messages" else f"{key}, "
+    turns = tuple(_parse_message(turn, f"{prefix}message {i}", origin) for i, turn in enumerate(messages, start=1))
     if turns[0]["role"] == "assistant":
         raise origin.error("begins with the assistant's turn, which answers nothing.", "Put a user's turn before it.")
     if need_completion and all(turn["role"] != "assistant" for turn in turns):
@@ -148,5 +230,13 @@ def _parse_message(message: Any, name: str, origin: Origin) -> dict[str, Any]:
     return {key: value for key, value in message.items() if value is not None}
 
 
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names)
+
+
+_FOR_TEACHER = (
+    "Give the teacher a prompt to the same response (a text, or for a conversation messages that the assistant answers "
+    "next), or leave the key out: then it reads what the student reads."
+)
 _TURNS = 'Write {"messages": [{"role": "user", "content": "some text"}, ...]}.'
 _NEEDS_COMPLETIONS = "Off-policy samples are the dataset's completions: add them, or set data.on_policy_fraction: 1."

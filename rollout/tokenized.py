@@ -24,11 +24,20 @@ class TokenizedRecord:
     """What the dataset answers, where the record has that."""
     source: int = 0
     """Number of its source in the config's list."""
+    teacher: str | None = None
+    """Name of the teacher that scores it; None where there is no choice."""
+    teacher_prompt_ids: Ids | None = None
+    """What the teacher is asked in the student's place; None: the same."""
 
     @property
     def prompts(self) -> tuple[Ids, ...]:
         """What the student is asked, and what the completion answers to: of a conversation these may differ."""
         return (self.prompt_ids,) if self.completion is None else (self.prompt_ids, self.completion.prompt_ids)
+
+    @property
+    def scored_prompts(self) -> tuple[Ids, ...]:
+        """What the teacher reads before a response."""
+        return self.prompts if self.teacher_prompt_ids is None else (self.teacher_prompt_ids,)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +54,29 @@ class TokenizedData:
     """Tokens of the longest prompt in use, the completions' prompts included."""
 
     @property
+    def longest_scored_prompt(self) -> int:
+        """Tokens of the longest prompt that the teacher reads."""
+        return max(len(prompt) for record in self.records for prompt in record.scored_prompts)
+
+    @property
+    def num_teacher_prompts(self) -> int:
+        """Records in use with a prompt for the teacher alone."""
+        return sum(record.teacher_prompt_ids is not None for record in self.records)
+
+    @property
     def num_overlong(self) -> int:
         """Records whose prompt, or prompt and completion, are too long."""
         return self.num_dropped + self.num_truncated
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherRoom:
+    """How much of a teacher's context its own prompts may fill."""
+
+    context: int
+    """Most tokens that the teacher reads at once."""
+    response: int
+    """Of those, how many the student's response may take."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,6 +91,9 @@ class Limits:
     """`drop` leaves an overlong record out; `truncate` keeps the prompt's last tokens and the completion's first."""
     field: str
     """The config field that limits prompts, for messages."""
+    teacher: TeacherRoom | None = None
+    """For prompts that the teacher alone reads, which `max_prompt_tokens` does not count; None where they are not
+    used."""
 
 
 class Encoder:
@@ -104,6 +136,22 @@ class Encoder:
         texts = iter(self._texts([r for r in records if isinstance(r, TextRecord)], completions))
         chats = iter(self._chats([r for r in records if isinstance(r, ChatRecord)], student_prompts, completions))
         return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
+
+    def teacher_prompts(self, records: Sequence[Record]) -> list[Ids | None]:
+        """What the teacher is asked in the student's place; None where it is asked the same.
+
+        Raises:
+            UserError: if a conversation cannot go through the chat template.
+        """
+        own = [record for record in records if record.teacher_prompt is not None]
+        texts = [record.teacher_prompt for record in own if isinstance(record, TextRecord)]
+        chats = [self._template.teacher_prompt(record) for record in own if isinstance(record, ChatRecord)]
+        read = iter(self._ids([text for text in texts if text is not None], add_special_tokens=True))
+        asked = iter(self._ids([chat for chat in chats if chat is not None]))
+        return [
+            None if record.teacher_prompt is None else next(read if isinstance(record, TextRecord) else asked)
+            for record in records
+        ]
 
     def _texts(self, records: Sequence[TextRecord], completions: bool) -> Iterator[tuple[Ids, Completion | None]]:
         prompts = self._ids([record.prompt for record in records], add_special_tokens=True)
@@ -168,13 +216,19 @@ def tokenize(
         UserError: if a record cannot be encoded, or nothing is left.
     """
     encoded = encoder.encode(records, student_prompts=student_prompts, completions=completions)
+    for_teacher = encoder.teacher_prompts(records) if limits.teacher else [None] * len(records)
     kept: list[TokenizedRecord] = []
     num_truncated = 0
-    for index, (record, (prompt, completion)) in enumerate(zip(records, encoded, strict=True)):
-        fitted = _fit(prompt, completion, limits)
+    for index, (record, whole, privileged) in enumerate(zip(records, encoded, for_teacher, strict=True)):
+        fitted = _fit(*whole, privileged, limits)
         if fitted is not None:
-            kept.append(TokenizedRecord(index, *fitted, record.origin.source))
-            num_truncated += fitted != (prompt, completion)
+            prompt, completion, privileged_fitted = fitted
+            kept.append(
+                TokenizedRecord(
+                    index, prompt, completion, record.origin.source, record.teacher, privileged_fitted
+                )
+            )
+            num_truncated += fitted != (*whole, privileged)
     if not kept:
         raise UserError(limits.field, limits.max_prompt_tokens, "no record fits.", "Raise it, or shorten the prompts.")
     return TokenizedData(
@@ -185,12 +239,21 @@ def tokenize(
     )
 
 
-def _fit(prompt_ids: Ids, completion: Completion | None, limits: Limits) -> tuple[Ids, Completion | None] | None:
+def _fit(
+    prompt_ids: Ids, completion: Completion | None, teacher_prompt_ids: Ids | None, limits: Limits
+) -> tuple[Ids, Completion | None, Ids | None] | None:
     """What is used of a record; None: nothing."""
-    whole = (prompt_ids, completion)
-    fitted = (prompt_ids[-limits.max_prompt_tokens :], completion and _cut(completion, limits))
-    if not fitted[0] or (completion is not None and fitted[1] is None):
+    whole = (prompt_ids, completion, teacher_prompt_ids)
+    prompt, answer = prompt_ids[-limits.max_prompt_tokens :], completion and _cut(completion, limits)
+    if not prompt or (completion is not None and answer is None):
         return None
+    privileged = teacher_prompt_ids
+    if privileged is not None and limits.teacher is not None:
+        room = limits.teacher.context - max(limits.teacher.response, len(answer.response_ids) if answer else 0)
+        privileged = privileged[-room:] if room > 0 else ()
+        if not privileged:
+            return None
+    fitted = (prompt, answer, privileged)
     return fitted if fitted == whole or limits.overlong == "truncate" else None
 
 

@@ -274,6 +274,8 @@ class VllmGenerator:
             num_cached_tokens=output.num_cached_tokens or 0,
             logprobs=logprobs,
             top_ids=top_ids,
+            teacher=flight.prompt.teacher,
+            teacher_prompt_ids=flight.prompt.teacher_prompt_ids,
         )
 
 

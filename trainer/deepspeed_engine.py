@@ -113,6 +113,15 @@ class DeepSpeedEngine:
         torch.distributed.all_reduce(sums)
         return dict(zip(names, sums.tolist(), strict=True))
 
+    def add_up(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Replace each tensor by its sum over all ranks, bit for bit the same on each; they are of one dtype."""
+        if self.world_size == 1:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
+
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
         """Have these parameters whole, on every rank; all ranks enter together. Changes to them are lost."""
         if not self._shards_weights:

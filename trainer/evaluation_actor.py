@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from gkd.config.objective import DivergenceConfig
+from gkd.config.divergence import DivergenceConfig
 from gkd.evaluation import divergence_sum
 from gkd.model_loading import load_causal_lm
 from gkd.objectives import build_divergence

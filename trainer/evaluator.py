@@ -1,14 +1,14 @@
 """Evaluation while training: the live engines answer held-out prompts, and the ranks compare with the teacher."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from gkd.config.objective import DivergenceConfig
+from gkd.config.divergence import DivergenceConfig
 from gkd.evaluation import exact_match
 from gkd.interfaces import Answers, Scores, SignalRef
-from gkd.packing import split_by_tokens
+from gkd.scoring import GroupLimits, scoring_groups
 from gkd.types import Prompt, Rollout, SampleId
 
 _PROMPTS_PER_CALL = 128
@@ -73,10 +73,9 @@ class Divergence:
         divergence: DivergenceConfig,
         temperature: float,
         loss_temperature: float,
-        group_tokens: int,
-        group_sequences: int,
+        limits: Mapping[str | None, GroupLimits],
     ) -> None:
-        """`temperature` is of the samples, `loss_temperature` of the divergence."""
+        """`temperature` is of the samples, `loss_temperature` of the divergence, `limits` of what a teacher scores."""
         self._prompts = held_out.prompts
         self._answers = answers
         self._scores = scores
@@ -84,14 +83,13 @@ class Divergence:
         self._divergence = divergence
         self._temperature = temperature
         self._loss_temperature = loss_temperature
-        self._group_tokens = group_tokens
-        self._group_sequences = group_sequences
+        self._limits = limits
 
     def __call__(self) -> dict[str, float]:
         """Measure."""
         rollouts = _answered(self._answers, self._prompts, temperature=self._temperature)
-        lengths = [len(rollout.token_ids) for rollout in rollouts]
-        groups = split_by_tokens(lengths, self._group_tokens, max_sequences=self._group_sequences)
+        lengths = [rollout.num_scored_tokens for rollout in rollouts]
+        groups = scoring_groups([rollout.teacher for rollout in rollouts], lengths, self._limits)
         total, count = 0.0, 0
         for first in range(0, len(groups), _GROUPS_AT_ONCE):
             some = groups[first : first + _GROUPS_AT_ONCE]

@@ -75,7 +75,7 @@ def train(parts: Parts, span: Span) -> None:
                 saved = "; a checkpoint is saved" if step > 1 else ""
                 raise Interrupted(f"stopped after step {step - 1}{saved}")
             started = time.perf_counter()
-            trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals)
+            trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals, batch.rewards)
             batch = batch.without_signals()
             train_s = time.perf_counter() - started
             with BackgroundPush(parts.sync, step, served=pipeline.release, failed=pipeline.fail) as push:
@@ -84,7 +84,7 @@ def train(parts: Parts, span: Span) -> None:
             stops = following is None
             metrics = step_metrics(batch, trained, push.report, train_s=train_s, wait_s=wait_s)
             metrics |= parts.evaluate(step) if not stops or step == span.max_steps else {}
-            records.write(step, metrics, batch.rollouts)
+            records.write(step, metrics, batch.rollouts, batch.rewards)
             parts.report(metrics)
             if span.best.update(step, metrics) or stops or span.saves_at(step):
                 records.flush_to_disk()  # a checkpoint must never know more than the ledger

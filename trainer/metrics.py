@@ -1,8 +1,10 @@
 """The numbers of one step, under the names of `metrics.jsonl`."""
 
+from statistics import fmean, pstdev
 from typing import Any
 
 from gkd.interfaces import ScoredBatch
+from trainer.staleness import staleness_metrics
 from trainer.step import StepReport
 from trainer.weight_sync import SyncReport
 
@@ -38,6 +40,8 @@ def step_metrics(
         "sync/logprob_gap_max": synced.logprob_gap_max,
         "staleness/max": max(ages, default=0),
         "staleness/mean": sum(ages) / len(ages) if ages else 0.0,
+        **staleness_metrics(batch, trained.samples),
+        **_reward_metrics(batch),
         "tokens/generated": generated,
         "tokens/trained": trained.num_tokens,
         "rollout/mean_length": generated / len(written) if written else None,
@@ -53,3 +57,12 @@ def step_metrics(
         "time/step_s": train_s + wait_s,
         "source/on_policy": len(written) / len(batch.rollouts),
     }
+
+
+def _reward_metrics(batch: ScoredBatch) -> dict[str, float]:
+    """Of what the student wrote: the dataset's rewards do not change while it learns."""
+    if batch.rewards is None:
+        return {}
+    pairs = zip(batch.rollouts, batch.rewards, strict=True)
+    own = [reward for rollout, reward in pairs if rollout.source == "student"]
+    return {"reward/mean": fmean(own), "reward/std": pstdev(own)} if own else {}

@@ -31,15 +31,18 @@ class Records:
         self._rollouts_every = rollouts_every
         self._rollouts_kept = rollouts_kept
 
-    def write(self, step: int, metrics: dict[str, Any], rollouts: Sequence[Rollout]) -> None:
-        """Record one trained step."""
-        for rollout in rollouts:
-            self._samples.write(json.dumps(_ledger_line(step, rollout)) + "\n")
+    def write(
+        self, step: int, metrics: dict[str, Any], rollouts: Sequence[Rollout], rewards: Sequence[float] | None
+    ) -> None:
+        """Record one trained step; `rewards` are None where there is no reward function."""
+        given: Sequence[float | None] = [None] * len(rollouts) if rewards is None else rewards
+        for rollout, reward in zip(rollouts, given, strict=True):
+            self._samples.write(json.dumps(_ledger_line(step, rollout, reward)) + "\n")
         self._samples.flush()
         self._metrics.write(json.dumps(metrics) + "\n")
         self._metrics.flush()
         if self._rollouts_every and (step == 1 or step % self._rollouts_every == 0):
-            self._write_rollouts(step, rollouts[: self._rollouts_kept])
+            self._write_rollouts(step, list(zip(rollouts, given, strict=True))[: self._rollouts_kept])
 
     def flush_to_disk(self) -> None:
         """Make sure that what was recorded survives a power cut."""
@@ -53,18 +56,19 @@ class Records:
         self._metrics.close()
         self._samples.close()
 
-    def _write_rollouts(self, step: int, rollouts: Sequence[Rollout]) -> None:
+    def _write_rollouts(self, step: int, rollouts: Sequence[tuple[Rollout, float | None]]) -> None:
         blocks = [
             f"### epoch {r.id.epoch}, prompt {r.id.prompt_index}, sample {r.id.sample_index}: {r.source}, "
-            f"{len(r.response_ids)} tokens, ended by {r.stop_reason}\n"
+            f"{len(r.response_ids)} tokens, ended by {r.stop_reason}"
+            f"{'' if reward is None else f', reward {reward:g}'}\n"
             f"{self._detokenize(r.prompt_ids)}\n>>> {self._detokenize(r.response_ids)}\n"
-            for r in rollouts
+            for r, reward in rollouts
         ]
         (self._rollouts / f"step_{step}.txt").write_text("\n".join(blocks), encoding="utf-8")
 
 
-def _ledger_line(step: int, rollout: Rollout) -> dict[str, Any]:
-    return {
+def _ledger_line(step: int, rollout: Rollout, reward: float | None) -> dict[str, Any]:
+    line = {
         "step": step,
         "epoch": rollout.id.epoch,
         "prompt_index": rollout.id.prompt_index,
@@ -74,6 +78,7 @@ def _ledger_line(step: int, rollout: Rollout) -> dict[str, Any]:
         "tokens": len(rollout.response_ids),
         "stop_reason": rollout.stop_reason,
     }
+    return line if reward is None else line | {"reward": reward}
 
 
 def _cut_back(path: Path, completed_steps: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gkd.config.objective import Reduction
 from gkd.packing import split_by_tokens
-from gkd.reduce import sequence_token_weights
+from gkd.reduce import sequence_sum_scales, sequence_token_weights
 from gkd.types import Rollout
 
 
@@ -21,6 +21,8 @@ class RankShare:
     """Its samples, as indices into the step's batch."""
     weights: tuple[float, ...]
     """Per sample of the share, the weight of one of its loss tokens (`gkd.reduce`)."""
+    sequence_scales: tuple[float, ...]
+    """Per sample of the share, what makes sums over sequences of losses per token (`gkd.reduce`)."""
     micro_batches: tuple[tuple[int, ...], ...]
     """Its forward passes, as places in `samples`; equally many on every rank. An empty one has nothing to add, and is
     there because the other ranks wait for it."""
@@ -42,6 +44,7 @@ def share_out(
     """
     lengths = [len(rollout.token_ids) for rollout in rollouts]
     weights = sequence_token_weights([rollout.num_loss_tokens for rollout in rollouts], reduction)
+    scales = sequence_sum_scales(weights, [rollout.source == "student" for rollout in rollouts])
     owned = _assign(lengths, num_ranks)
     passes = [split_by_tokens([lengths[i] for i in samples], tokens_per_micro_batch) for samples in owned]
     most = max(map(len, passes))
@@ -53,6 +56,7 @@ def share_out(
             RankShare(
                 samples=tuple(held),
                 weights=tuple(weights[i] for i in held),
+                sequence_scales=tuple(scales[i] for i in held),
                 micro_batches=tuple(tuple(places) for places in _stretch(own_passes, most)),
             )
         )

@@ -1,25 +1,23 @@
 """One optimizer step of one rank: student forward, objective, backward for each micro-batch, then the update.
 
-Legend: T response tokens of a micro-batch, V shared vocabulary rows.
+Legend: T response tokens of a micro-batch.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
-from gkd.logits import Logits
 from gkd.objectives.base import Objective, ObjectiveInputs
-from gkd.packing import pack
-from gkd.reduce import weighted_sum
-from gkd.response_forward import ResponseForward
+from gkd.reduce import metric_means, metric_sums, weighted_sum
 from gkd.types import ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine
+from trainer.micro_batch import MicroBatches
+from trainer.sample_data import LogprobWatch, SampleReport
 from trainer.share import RankShare
-from trainer.teacher_source import TeacherSource
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +36,23 @@ class StepReport:
     """Response tokens in the loss."""
     num_micro_batches: int
     """Forward passes of each rank."""
+    samples: dict[int, SampleReport] = field(default_factory=dict)
+    """By index in the batch, what was found out about the samples whose log-probabilities the engine recorded. Of one
+    rank's own samples, until the ranks' reports are joined."""
 
 
 class TrainingDiverged(ArithmeticError):
     """The loss is not a number."""
+
+
+class BeforeStudent(Protocol):
+    """Something that learns from a batch before the student does."""
+
+    def __call__(
+        self, number: int, samples: Sequence[ScoredRollout], share: RankShare, *, learning_rate: float
+    ) -> dict[str, float]:
+        """Learn for the student's step `number`, with the student's learning rate given; metrics, over all ranks."""
+        ...
 
 
 class TrainStep:
@@ -50,25 +61,26 @@ class TrainStep:
     def __init__(
         self,
         engine: DeepSpeedEngine,
-        forward: ResponseForward,
+        batches: MicroBatches,
         objective: Objective,
         *,
-        teacher: TeacherSource,
-        rows: int,
+        before: Sequence[BeforeStudent],
     ) -> None:
-        """`rows` is the number of vocabulary rows in the loss."""
+        """`before` is what learns from a batch before the student does."""
         self._engine = engine
-        self._forward = forward
+        self._batches = batches
         self._objective = objective
-        self._teacher = teacher
-        self._rows = rows
+        self._before = before
 
-    def __call__(self, samples: Sequence[ScoredRollout], share: RankShare, *, learning_rate: float) -> StepReport:
+    def __call__(
+        self, number: int, samples: Sequence[ScoredRollout], share: RankShare, *, learning_rate: float
+    ) -> StepReport:
         """Train on this rank's share of a batch; every rank calls this with its own share of the same batch.
 
         The split into ranks and micro-batches changes the result by rounding only.
 
         Args:
+            number: of the step, from 1.
             samples: the share's samples, in its order.
             share: their weights and micro-batches.
             learning_rate: of this step.
@@ -76,9 +88,13 @@ class TrainStep:
         Raises:
             TrainingDiverged: on every rank and before the update, if the batch's loss is infinite or not a number.
         """
+        learnt: dict[str, float] = {}
+        for learn in self._before:
+            learnt |= learn(number, samples, share, learning_rate=learning_rate)
         totals: dict[str, float] = defaultdict(float)
+        reports: dict[int, SampleReport] = {}
         for places in share.micro_batches:
-            for name, value in self._micro_batch(samples, share.weights, places).items():
+            for name, value in self._micro_batch(samples, share, places, reports).items():
                 totals[name] += value
         totals = self._engine.sum_over_ranks(totals)
         if not math.isfinite(totals["total"]):
@@ -91,51 +107,36 @@ class TrainStep:
         return StepReport(
             loss=totals.pop("total"),
             num_tokens=round(totals.pop("tokens")),
-            metrics=dict(totals),
+            metrics=metric_means(totals) | learnt,
             grad_norm=grad_norm,
             learning_rate=learning_rate,
             num_micro_batches=len(share.micro_batches),
+            samples=reports,
         )
 
     def _micro_batch(
-        self, samples: Sequence[ScoredRollout], weights: Sequence[float], places: Sequence[int]
+        self,
+        samples: Sequence[ScoredRollout],
+        share: RankShare,
+        places: Sequence[int],
+        reports: dict[int, SampleReport],
     ) -> dict[str, float]:
-        """Forward and backward of a few samples; their share of the loss, of the tokens and of the metrics."""
-        # A pass with nothing to add still has to be made: the shortest sample stands in, with every token masked.
-        stand_in = min(range(len(samples)), key=lambda i: len(samples[i].rollout.token_ids))
-        members = [samples[i] for i in places or (stand_in,)]
-        packed = pack(
-            [s.rollout.prompt_ids for s in members],
-            [s.rollout.response_ids for s in members],
-            share_rows=self._forward.share_rows,
-        )
-        device = self._forward.device
-        mask_T = _loss_mask(members) if places else torch.zeros(len(packed.response_ids_T), dtype=torch.bool)
-        token_weights = torch.tensor([weights[i] for i in places or (stand_in,)])
-        weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths)).to(device)
-        inputs = partial(
-            ObjectiveInputs,
-            num_rows=self._rows,
-            teacher=self._teacher.view(members),
-            response_ids_T=packed.response_ids_T.to(device),
-            mask_T=mask_T.to(device),
-            lengths=packed.response_lengths,
-            on_policy_N=torch.tensor([s.rollout.source == "student" for s in members]).to(device),
-        )
-        sums = {"tokens": float(mask_T.sum())}
+        """Forward and backward of a few samples; their share of the loss, of the tokens and of the metrics.
 
-        def loss_of(logits: Logits) -> torch.Tensor:
-            output = self._objective(inputs(student=logits))
-            for name, values_T in output.metrics_T.items():
-                sums[name] = weighted_sum(values_T, weights_T, output.mask_T).item()
+        What is found out about each goes into `reports`, under its index in the batch.
+        """
+        sums: dict[str, float] = {}
+
+        def loss_of(inputs: ObjectiveInputs, weights_T: torch.Tensor) -> torch.Tensor:
+            watch = LogprobWatch(len(inputs.mask_T)) if inputs.sampler_logprobs_T is not None else None
+            output = self._objective(replace(inputs, watch=watch))
+            if watch is not None and places:
+                indices = [share.samples[place] for place in places]
+                reports.update(zip(indices, watch.reports(output, inputs.lengths), strict=True))
+            sums["tokens"] = float(inputs.mask_T.sum())
+            sums.update(metric_sums(output.metrics_T, output.partial_metrics_T, weights_T, output.mask_T))
             return weighted_sum(output.loss_T, weights_T, output.mask_T)
 
-        loss = self._forward.through(packed, loss_of, num_rows=self._rows)
+        loss = self._batches.through(samples, share, places, loss_of)
         self._engine.backward(loss)
         return sums | {"total": loss.item()}
-
-
-def _loss_mask(samples: Sequence[ScoredRollout]) -> torch.Tensor:
-    """[T] bool, which response tokens count."""
-    flags = [r.loss_mask or (True,) * len(r.response_ids) for r in (s.rollout for s in samples)]
-    return torch.tensor([flag for mask in flags for flag in mask], dtype=torch.bool)

@@ -5,30 +5,41 @@ With several ranks every method is called on all of them, in the same order: mos
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from gkd.config.objective import DistillObjective, DivergenceConfig, SftObjective
+from gkd.config.divergence import DivergenceConfig
+from gkd.config.objective import BuiltObjective
 from gkd.evaluation import divergence_sum
 from gkd.head import HeadWeights
 from gkd.importing import load_object
 from gkd.interfaces import WeightSender, WeightUpdate
 from gkd.objectives import build_divergence, build_objective
+from gkd.objectives.base import ObjectiveInputs, adversaries_of
 from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.seeds import derive_seed
 from gkd.types import Rollout, ScoredRollout
+from trainer.adversary import AdversaryAscent
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from trainer.export import write_model
-from trainer.lora import LoraSettings, adapter_weights, merged_weights, write_adapter
+from trainer.ema import WeightAverage
+from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights, write_adapter
+from trainer.micro_batch import MicroBatches
 from trainer.schedule import learning_rate
 from trainer.share import RankShare
 from trainer.step import StepReport, TrainStep
 from trainer.student_model import load_student, training_mode
-from trainer.teacher_source import BaseAsTeacher, SentSignals, TeacherSource
+from trainer.teacher_source import SentSignals, StudentAsTeacher, TeacherSource
 from trainer.weights import checkpoint_weights, tied_names
+
+_ADVERSARIES = "adversaries.pt"
+"""Beside DeepSpeed's state in a checkpoint: what the objective owns, the same on every rank."""
+_AVERAGE = "average.pt"
+"""Likewise: the moving average of the weights."""
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 """Names and tensors, as they leave the student."""
@@ -52,10 +63,13 @@ class StudentSettings:
     """Compute activations again in the backward pass."""
     rows: int
     """Vocabulary rows in the loss."""
-    objective: DistillObjective | SftObjective
+    objective: BuiltObjective
     """What is minimised."""
     base_is_teacher: bool
     """The teacher is the student's own base, its adapter off."""
+    ema_decay: float | None
+    """The teacher is the moving average of the student's weights, which keeps this share of itself each step; None: it
+    is not."""
     learning_rate: float
     """Peak."""
     lr_schedule: Literal["constant", "linear", "cosine"]
@@ -92,18 +106,32 @@ class Student:
         self._engine = DeepSpeedEngine(self._model, settings.engine)
         self._forward = ResponseForward(self._base, run=self._engine.forward)
         self._sent = SentSignals(rows=settings.rows, device=self._forward.device)
-        self._teacher: TeacherSource = (
-            BaseAsTeacher(self._model, self._forward, rows=settings.rows) if settings.base_is_teacher else self._sent
-        )
+        self._average = None
+        if settings.ema_decay is not None:
+            self._average = WeightAverage(self._model, decay=settings.ema_decay)
+        self._teacher = self._teacher_source()
+        self._batches = MicroBatches(self._forward, self._teacher, rows=settings.rows)
+        objective = build_objective(settings.objective)
+        self._ascents = [
+            AdversaryAscent(adversary, self._engine, self._batches, seed=settings.seed)
+            for adversary in adversaries_of(objective)
+        ]
         self._step = TrainStep(
             self._engine,
-            self._forward,
-            build_objective(settings.objective),
-            teacher=self._teacher,
-            rows=settings.rows,
+            self._batches,
+            objective,
+            before=self._ascents,
         )
         self._sender: WeightSender = load_object(settings.sender, field="sync.backend")(**settings.sender_kwargs)
         self.sent_bytes = 0
+
+    def _teacher_source(self) -> TeacherSource:
+        rows = self._settings.rows
+        if self._settings.base_is_teacher:
+            return StudentAsTeacher(self._model, self._forward, partial(adapter_off, self._model), rows=rows)
+        if self._average is not None:
+            return StudentAsTeacher(self._model, self._forward, self._average.in_place, rows=rows)
+        return self._sent
 
     def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:
         """Optimizer step `number`, from 1, on this rank's share of the batch."""
@@ -111,7 +139,8 @@ class Student:
         training_mode(self._model, dropout=settings.dropout)
         # So that a resumed run drops the same units, and every rank others.
         torch.manual_seed(derive_seed(settings.seed, "dropout", number, self._engine.rank))
-        return self._step(
+        report = self._step(
+            number,
             samples,
             share,
             learning_rate=learning_rate(
@@ -122,6 +151,9 @@ class Student:
                 max_steps=settings.max_steps,
             ),
         )
+        if self._average is not None:
+            self._average.update()
+        return report
 
     @torch.no_grad()
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
@@ -156,6 +188,25 @@ class Student:
         totals = self._engine.sum_over_ranks(totals)
         return totals["sum"], round(totals["tokens"])
 
+    @torch.no_grad()
+    def states(self, samples: Sequence[ScoredRollout], share: RankShare) -> list[ObjectiveInputs]:
+        """What objectives see of the samples, without a graph: to measure a student with (`gkd.fresh_distance`).
+
+        The logits are made from hidden states when they are asked for, so they are of these weights only until the
+        next step. Not under ZeRO 3, where no rank has the head.
+        """
+        assert self._settings.engine.zero_stage < 3, "the head is whole within a forward pass alone"
+        self._model.eval()
+        found = []
+
+        def keep(inputs: ObjectiveInputs, _weights_T: torch.Tensor) -> torch.Tensor:
+            found.append(inputs)
+            return inputs.mask_T.sum()
+
+        for places in share.micro_batches:
+            self._batches.through(samples, share, places, keep)
+        return found
+
     def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
         """What each engine needs to know to be connected; on rank 0."""
         return self._sender.open(workers, modules)
@@ -175,12 +226,22 @@ class Student:
         _exhaust(self._synced_weights())
 
     def save(self, folder: Path) -> None:
-        """Model and optimizer state, to go on from."""
+        """Model and optimizer state, to go on from, and that of what the objective and the teacher own."""
         self._engine.save(folder)
+        if self._engine.rank == 0 and self._ascents:
+            torch.save([ascent.state_dict() for ascent in self._ascents], folder / _ADVERSARIES)
+        if self._engine.rank == 0 and self._average is not None:
+            torch.save(self._average.state_dict(), folder / _AVERAGE)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote."""
         self._engine.load(folder)
+        if self._ascents:
+            states = torch.load(folder / _ADVERSARIES, map_location="cpu", weights_only=True)
+            for ascent, state in zip(self._ascents, states, strict=True):
+                ascent.load_state_dict(state, device=self._forward.device)
+        if self._average is not None:
+            self._average.load_state_dict(torch.load(folder / _AVERAGE, map_location="cpu", weights_only=True))
 
     def export(self, folder: Path) -> None:
         """The model with its tokenizer in Hugging Face format, safetensors; rank 0 writes.

@@ -1,6 +1,7 @@
-"""Where a training rank's teacher signals come from: teacher workers, or the student's own base."""
+"""Where a training rank's teacher signals come from: teacher workers, or the student with other weights."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -11,7 +12,6 @@ from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.teacher_view import TeacherView, WholeView, view_of
 from gkd.types import ScoredRollout
-from trainer.lora import adapter_off
 
 
 class TeacherSource(Protocol):
@@ -43,26 +43,41 @@ class SentSignals:
         return view_of(signals, self._heads, rows=self._rows, device=self._device)
 
 
-class BaseAsTeacher:
-    """The student's base with its adapter off: self-distillation from one copy of the weights."""
+class StudentAsTeacher:
+    """The student itself with other weights, such as its base with the adapter off: self-distillation."""
 
-    def __init__(self, model: Any, forward: ResponseForward, *, rows: int) -> None:
-        """`model` is the `PeftModel`, `forward` runs it."""
+    def __init__(
+        self,
+        model: Any,
+        forward: ResponseForward,
+        as_teacher: Callable[[], AbstractContextManager[None]],
+        *,
+        rows: int,
+    ) -> None:
+        """Set up.
+
+        Args:
+            model: the student, with its adapter if it has one.
+            forward: runs it.
+            as_teacher: within it the model has the teacher's weights.
+            rows: vocabulary rows in the loss.
+        """
         self._model = model
         self._forward = forward
+        self._as_teacher = as_teacher
         self._rows = rows
 
     @torch.no_grad()
     def view(self, samples: Sequence[ScoredRollout]) -> TeacherView:
-        """Of the base, without dropout."""
+        """Of the teacher's weights, without dropout."""
         packed = pack(
-            [s.rollout.prompt_ids for s in samples],
+            [s.rollout.scored_prompt_ids for s in samples],
             [s.rollout.response_ids for s in samples],
             share_rows=self._forward.share_rows,
         )
         was_training = {module: module.training for module in self._model.modules()}
         self._model.eval()
-        with adapter_off(self._model):
+        with self._as_teacher():
             logits: Logits
             if self._forward.has_own_head:
                 logits = HeadLogits(self._forward.hidden(packed), self._head, num_rows=self._rows)
@@ -73,5 +88,5 @@ class BaseAsTeacher:
         return WholeView(logits)
 
     def _head(self, hidden_TH: torch.Tensor) -> torch.Tensor:
-        with torch.no_grad(), adapter_off(self._model):
+        with torch.no_grad(), self._as_teacher():
             return self._forward.head(hidden_TH)

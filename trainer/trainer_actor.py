@@ -1,17 +1,22 @@
 """Ray around the student: a thin actor for one training rank, and the driver's handle on all of them."""
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from gkd.config.objective import DivergenceConfig, Reduction
-from gkd.interfaces import WeightUpdate
+from gkd.interfaces import MixedSignals, WeightUpdate
+from gkd.signals import Mixture, TeacherSignal
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.share import RankShare, share_out
 from trainer.step import StepReport
 from trainer.student import Student, StudentSettings
+
+Advantages = Callable[[Sequence[Rollout], Sequence[float]], Sequence[float]]
+"""From the rewards of a whole batch to each sample's advantage (`gkd.advantages`)."""
 
 
 @ray.remote
@@ -83,10 +88,13 @@ class RankPart:
         rollouts: Sequence[Rollout],
         groups: Sequence[Sequence[SampleId]],
         signals: Sequence[Any],
+        rewards: Sequence[float | None],
+        advantages: Sequence[float | None],
     ) -> None:
         """Take what `share` names out of the whole batch."""
         self.share = share
         self._rollouts = [rollouts[i] for i in share.samples]
+        self._rewards = [(rewards[i], advantages[i]) for i in share.samples]
         own = {rollout.id for rollout in self._rollouts}
         # Handles inside a list stay handles: each rank opens only the groups that it needs.
         self._groups = [(group, ref) for group, ref in zip(groups, signals, strict=True) if own.intersection(group)]
@@ -95,30 +103,55 @@ class RankPart:
         """The share's samples with their signals, fetched from the object store."""
         signals: dict[SampleId, Any] = {}
         for group, ref in self._groups:
-            values = ray.get(ref) if ref is not None else [None] * len(group)
+            values = _opened(ref) if ref is not None else [None] * len(group)
             signals |= zip(group, values, strict=True)
-        return [ScoredRollout(rollout=rollout, signal=signals[rollout.id]) for rollout in self._rollouts]
+        return [
+            ScoredRollout(rollout=rollout, signal=signals[rollout.id], reward=reward, advantage=advantage)
+            for rollout, (reward, advantage) in zip(self._rollouts, self._rewards, strict=True)
+        ]
+
+
+def _opened(ref: Any) -> list[TeacherSignal]:
+    """The signals of a scoring group."""
+    if not isinstance(ref, MixedSignals):
+        return ray.get(ref)
+    of_each = ray.get(list(ref.signals))
+    return [Mixture(tuple(parts), ref.weights) for parts in zip(*of_each, strict=True)]
 
 
 class Learner:
     """The driver's handle on the training ranks."""
 
     def __init__(
-        self, ranks: Sequence[Any], *, tokens_per_micro_batch: int, reduction: Reduction, timeout_s: float
+        self,
+        ranks: Sequence[Any],
+        *,
+        tokens_per_micro_batch: int,
+        reduction: Reduction,
+        advantages: Advantages | None,
+        timeout_s: float,
     ) -> None:
-        """`ranks` are the actors, rank 0 first."""
+        """`ranks` are the actors, rank 0 first; `advantages` is None where there is no reward function."""
         self._ranks = list(ranks)
+        self._advantages = advantages
         self._tokens_per_micro_batch = tokens_per_micro_batch
         self._reduction: Reduction = reduction
         self._timeout_s = timeout_s
 
     def step(
-        self, number: int, rollouts: Sequence[Rollout], groups: Sequence[Sequence[SampleId]], signals: Sequence[Any]
+        self,
+        number: int,
+        rollouts: Sequence[Rollout],
+        groups: Sequence[Sequence[SampleId]],
+        signals: Sequence[Any],
+        rewards: Sequence[float] | None,
     ) -> StepReport:
         """Optimizer step `number`. The references stay with the driver, which owns them."""
-        parts = self._parts(rollouts, groups, signals)
+        parts = self._parts(rollouts, groups, signals, rewards)
         calls = [rank.step.remote(number, part) for rank, part in zip(self._ranks, parts, strict=True)]
-        return self._get(calls)[0]
+        reports: list[StepReport] = self._get(calls)
+        samples = {index: sample for report in reports for index, sample in report.samples.items()}
+        return replace(reports[0], samples=samples)
 
     def divergence(
         self,
@@ -185,15 +218,23 @@ class Learner:
         self._on_all("export", folder)
 
     def _parts(
-        self, rollouts: Sequence[Rollout], groups: Sequence[Sequence[SampleId]], signals: Sequence[Any]
+        self,
+        rollouts: Sequence[Rollout],
+        groups: Sequence[Sequence[SampleId]],
+        signals: Sequence[Any],
+        rewards: Sequence[float] | None = None,
     ) -> list[RankPart]:
+        none: Sequence[None] = [None] * len(rollouts)
+        # Before the batch is split: an advantage compares samples that may go to different ranks.
+        advantages = none if self._advantages is None or rewards is None else self._advantages(rollouts, rewards)
         shares = share_out(
             rollouts,
             num_ranks=len(self._ranks),
             tokens_per_micro_batch=self._tokens_per_micro_batch,
             reduction=self._reduction,
         )
-        return [RankPart(share, rollouts, groups, signals) for share in shares]
+        given = none if rewards is None else rewards
+        return [RankPart(share, rollouts, groups, signals, given, advantages) for share in shares]
 
     def _on_all(self, method: str, *args: Any) -> list[Any]:
         return self._get([getattr(rank, method).remote(*args) for rank in self._ranks])

@@ -1,6 +1,6 @@
 """What this version builds of the schema. A later feature removes its line here."""
 
-from gkd.config.objective import DistillObjective, Reserved
+from gkd.config.objective import Reserved
 from gkd.config.schema import Config
 from gkd.errors import NotBuiltYet
 
@@ -13,27 +13,19 @@ def refuse_unbuilt(config: Config) -> None:
     """
     objective = config.objective
     if isinstance(objective, Reserved):
-        raise NotBuiltYet("objective.type", objective.type, "Use distill or sft.")
-    if isinstance(objective, DistillObjective) and isinstance(objective.divergence, Reserved):
-        raise NotBuiltYet(
-            "objective.divergence.type",
-            objective.divergence.type,
-            "Use forward_kl, reverse_kl, generalized_jsd or custom.",
-        )
-    teacher, rollout = config.teacher, config.rollout
+        raise NotBuiltYet("objective.type", objective.type, "Use another objective.")
+    rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("student.init", config.student.init, config.student.init == "truncate", "Use pretrained or random."),
-        ("teachers", config.teachers, bool(config.teachers), "Use one `teacher`."),
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
-        ("reward", config.reward, config.reward is not None, "Remove it."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
         ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),
         ("stages", config.stages, bool(config.stages), "Run one config after the other."),
     ]
-    if teacher is not None:
+    for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
         unbuilt += [
-            ("teacher.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
-            ("teacher.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
+            (f"{at}.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
+            (f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
         ]
     for field, value, refused, cure in unbuilt:
         if refused:

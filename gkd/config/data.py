@@ -16,7 +16,8 @@ _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continu
 
 class DataSource(Section):
     """Where records come from. A record is `{"prompt": str, "completion"?: str}` or `{"messages": [...]}`, messages
-    being `{"role": str, "content": str}` in turn; where one has both, its messages count. Other keys are ignored."""
+    being `{"role": str, "content": str}` in turn; where one has both, its messages count. Either may have a prompt for
+    the teacher alone, and name one of several teachers. Other keys are ignored."""
 
     path: str = Field(min_length=1)
     """A file, a folder or the name of a Hugging Face dataset."""
@@ -37,6 +38,14 @@ class DataSource(Section):
     """Key or column of the completion."""
     messages_field: str = "messages"
     """Key or column of the messages."""
+    teacher_prompt_field: str = "teacher_prompt"
+    """Key or column of what the teacher reads where the student reads the prompt, such as the prompt with the solution
+    in it; a record without it has one prompt for both. A text for a text; for a conversation messages that end before
+    the assistant's final turn, or a text that stands for one message of the user. `max_prompt_tokens` does not count
+    it; it has to fit the teacher's context."""
+    teacher_field: str = "teacher"
+    """Key or column of the name of the teacher that scores a record, where there are several without weights; a record
+    without it has the first."""
 
     @model_validator(mode="after")
     def subset_and_split_mean_something(self) -> "DataSource":

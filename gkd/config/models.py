@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gkd.config.base import Count, NonNegativeInt, Positive, Section
 
@@ -36,13 +36,20 @@ class StudentConfig(Section):
 class TeacherConfig(Section):
     """The model that scores."""
 
-    name: str = "teacher"
-    """Its name where there are several."""
+    name: Annotated[str, Field(min_length=1)] = "teacher"
+    """Its name where there are several: records name the teacher that scores them."""
+    weight: Positive | None = None
+    """Of several teachers: its share of their mixture, relative to the others' weights. None in all of them: each
+    record is scored by one teacher (`teacher_field` of its data source)."""
     model: str | None = None
-    """Folder or hub name, in Hugging Face format. Not needed with `backend: student_base`."""
-    backend: Literal["hf", "vllm", "student_base"] = "hf"
-    """What runs it: transformers; vLLM; or the trainer itself, the teacher being the student's own base with its LoRA
-    adapter off (self-distillation from one copy of the weights)."""
+    """Folder or hub name, in Hugging Face format. Not needed where the teacher is the student itself."""
+    backend: Literal["hf", "vllm", "student_base", "student_ema"] = "hf"
+    """What runs it: transformers; vLLM; or the trainer itself, the teacher being made of the student's weights.
+    `student_base` is its base with the LoRA adapter off (self-distillation from one copy of the weights); `student_ema`
+    the exponential moving average of all weights that it trains."""
+    ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
+    """Of `student_ema`: after every step the average keeps this share of itself, and the student's new weights are the
+    rest. It begins as the student's first weights; 0.999 follows the last 1,000 steps or so."""
     signal: Literal["auto", "full_logits", "hidden_states", "top_k", "sampled_logprobs", "attention_relations"] = "auto"
     """Form in which its judgement travels. `full_logits` and `hidden_states` (to which the trainer applies the
     teacher's head) are exact over the whole vocabulary; `top_k` is exact for some tokens, and holds all others in one
@@ -65,8 +72,43 @@ class TeacherConfig(Section):
     @model_validator(mode="after")
     def has_a_model(self) -> "TeacherConfig":
         """A teacher of its own needs a model; the student's base is one already."""
-        if self.model is None and self.backend != "student_base":
+        if self.model is None and self.has_workers:
             raise ValueError("needs `model`: a folder or hub name, or `backend: student_base`")
-        if self.model is not None and self.backend == "student_base":
-            raise ValueError("takes no `model` with `backend: student_base`: the teacher is the student's own base")
+        if self.model is not None and not self.has_workers:
+            raise ValueError(f"takes no `model` with `backend: {self.backend}`: the teacher is the student itself")
         return self
+
+    @model_validator(mode="after")
+    def decay_means_something(self) -> "TeacherConfig":
+        """Only a moving average has one."""
+        if self.backend != "student_ema" and self.ema_decay != TeacherConfig.model_fields["ema_decay"].default:
+            raise ValueError(f"has an `ema_decay`, which `backend: {self.backend}` has no use for: remove it")
+        return self
+
+    @property
+    def has_workers(self) -> bool:
+        """Whether workers of its own run it; the student's weights are with the trainer already."""
+        return self.backend not in ("student_base", "student_ema")
+
+
+def _fit_together(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
+    """Names tell teachers apart, and either all are mixed or each record has one."""
+    names = [teacher.name for teacher in teachers]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"several are named {twice[0]!r}: give each a `name` of its own")
+    without = [teacher.name for teacher in teachers if teacher.weight is None]
+    if 0 < len(without) < len(teachers):
+        raise ValueError(
+            f"some have a `weight` and {', '.join(without)} has none: give all one (a mixture of all teachers), or none "
+            "(one teacher for each record)"
+        )
+    inside = [teacher for teacher in teachers if not teacher.has_workers]
+    if inside and len(teachers) > 1:
+        raise ValueError(
+            f"{inside[0].name} has the backend {inside[0].backend}, which the trainer runs, and among several teachers "
+            "each needs workers of its own: use the backend hf, or it as the only teacher"
+        )
+    return teachers
+
+
+Teachers = Annotated[list[TeacherConfig], AfterValidator(_fit_together)]

@@ -1,57 +1,30 @@
 """The `objective` section: a union of small models, told apart by `type`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Tag, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
-from gkd.config.base import Positive, Section
+from gkd.config.base import Count, Fraction, NonNegative, NonNegativeInt, Positive, Section
+from gkd.config.divergence import DivergenceConfig, ReverseKl
+from gkd.config.token_weight import TokenWeightConfig
 from gkd.importing import absolute_path
 
 Reduction = Literal["token_mean", "sequence_mean"]
 """`token_mean`: mean over all response tokens of the batch. `sequence_mean`: mean over each sequence's tokens, then
 over sequences, as in the GKD paper (arXiv 2306.13649, Eq. 2)."""
 
-
-class ForwardKl(Section):
-    """KL(teacher || student)."""
-
-    type: Literal["forward_kl"]
-
-
-class ReverseKl(Section):
-    """KL(student || teacher)."""
-
-    type: Literal["reverse_kl"]
-
-
-class GeneralizedJsd(Section):
-    """JSD_beta, `beta` being the teacher's weight in the mixture."""
-
-    type: Literal["generalized_jsd"]
-    beta: float = 0.5
-    """Teacher's weight, strictly between 0 and 1."""
-    normalize: bool = False
-    """Divide by beta (1 - beta)."""
-
-    @field_validator("beta")
-    @classmethod
-    def inside_the_interval(cls, beta: float) -> float:
-        """The endpoints are refused: the divergence is 0 there."""
-        if not 0 < beta < 1:
-            nearest = "forward_kl" if beta <= 0 else "reverse_kl"
-            raise ValueError(f"must be strictly between 0 and 1: use divergence type {nearest!r} for that limit")
-        return beta
-
-
-class CustomDivergence(Section):
-    """A divergence of the user's own."""
-
-    type: Literal["custom"]
-    path: Annotated[str, AfterValidator(absolute_path)]
-    """Import path, "package.module:function" or "path/to/file.py:function"; the function takes (student_logits_TV,
-    teacher_logits_TV, **kwargs). A relative file is looked for from where the command runs."""
-    kwargs: dict[str, Any] = {}
-    """Bound to the function's keyword arguments."""
+Baseline = Literal["none", "batch_mean", "prompt_mean"]
+"""What a reward is compared with: nothing, or the mean of the other samples of the batch, or of the same prompt."""
 
 
 class Reserved(BaseModel):
@@ -61,40 +34,54 @@ class Reserved(BaseModel):
     type: str
 
 
-RESERVED_DIVERGENCES = frozenset({"skew_forward_kl", "skew_reverse_kl", "total_variation", "adaptive_kl"})
-RESERVED_OBJECTIVES = frozenset({"sum", "seq_kd", "sampled_kl", "minillm", "rl_gkd", "moment_matching", "custom"})
-
-
-def _tag(reserved: frozenset[str], value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if not isinstance(kind, str):
-        return None
-    return "reserved" if kind in reserved else kind
-
-
-def _divergence_tag(value: Any) -> str | None:
-    return _tag(RESERVED_DIVERGENCES, value)
+RESERVED_OBJECTIVES = frozenset({"seq_kd"})
 
 
 def _objective_tag(value: Any) -> str | None:
-    return _tag(RESERVED_OBJECTIVES, value)
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    if not isinstance(kind, str):
+        return None
+    return "reserved" if kind in RESERVED_OBJECTIVES else kind
 
 
-DivergenceConfig = Annotated[
-    Annotated[ForwardKl, Tag("forward_kl")]
-    | Annotated[ReverseKl, Tag("reverse_kl")]
-    | Annotated[GeneralizedJsd, Tag("generalized_jsd")]
-    | Annotated[CustomDivergence, Tag("custom")]
-    | Annotated[Reserved, Tag("reserved")],
-    Discriminator(_divergence_tag),
-]
+RatioClip = Annotated[float, Field(ge=1, allow_inf_nan=False)]
 
 
-class _Shared(Section):
-    temperature: Positive = 1.0
-    """Loss temperature: divides both logits. Independent of `rollout.temperature`; no T^2 factor."""
+class _Any(Section):
     reduction: Reduction = "token_mean"
     """Mean over all response tokens, or over each sequence's tokens first."""
+    token_weight: TokenWeightConfig | None = None
+    """How much each token counts; all the same if left out. Weights multiply the loss as they are."""
+
+    @property
+    def compares(self) -> bool:
+        """Whether the loss looks at the teacher, whatever the tokens' weights do."""
+        return True
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether a teacher scores the samples."""
+        return self.compares or (self.token_weight is not None and self.token_weight.needs_teacher)
+
+    @property
+    def learns_from_student(self) -> bool:
+        """Whether the student's own samples are of use."""
+        return True
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """Whether the dataset's completions are of use."""
+        return True
+
+    @property
+    def evaluated_divergence(self) -> DivergenceConfig:
+        """What evaluation measures: the reverse KL where the loss is no divergence."""
+        return ReverseKl(type="reverse_kl")
+
+
+class _Shared(_Any):
+    temperature: Positive = 1.0
+    """Loss temperature: divides both logits. Independent of `rollout.temperature`; no T^2 factor."""
 
 
 class DistillObjective(_Shared):
@@ -103,16 +90,289 @@ class DistillObjective(_Shared):
     type: Literal["distill"]
     divergence: DivergenceConfig
 
+    @property
+    def evaluated_divergence(self) -> DivergenceConfig:
+        """The loss itself."""
+        return self.divergence
+
 
 class SftObjective(_Shared):
     """Maximum likelihood on the dataset's completions; no teacher, no rollout engine."""
 
     type: Literal["sft"]
 
+    @property
+    def compares(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def learns_from_student(self) -> bool:
+        """No: it would only confirm itself."""
+        return False
+
+
+class RlGkdObjective(_Shared):
+    """A reward of the student's own responses, and a divergence to the teacher (GKD, arXiv 2306.13649, Eq. 5)."""
+
+    type: Literal["rl_gkd"]
+    divergence: DivergenceConfig
+    alpha: Fraction = 0.5
+    """Weight of the divergence; the reward has 1 - alpha. 1 is distillation alone, 0 the reward alone."""
+    baseline: Baseline = "batch_mean"
+    """What a reward is compared with: `prompt_mean` needs several `rollout.samples_per_prompt`."""
+    normalize_std: bool = False
+    """Divide by the standard deviation of the rewards that the baseline is the mean of, as GRPO does."""
+    ratio_clip: RatioClip = 2.0
+    """Largest weight of a token that the student now finds more probable than when it wrote it."""
+
+    @field_validator("normalize_std")
+    @classmethod
+    def has_a_baseline(cls, normalize_std: bool, info: ValidationInfo) -> bool:
+        """A deviation is from a mean."""
+        if normalize_std and info.data.get("baseline") == "none":
+            raise ValueError(
+                "true needs a baseline: set baseline to batch_mean or prompt_mean, or normalize_std: false"
+            )
+        return normalize_std
+
+    @property
+    def evaluated_divergence(self) -> DivergenceConfig:
+        """The one of the loss."""
+        return self.divergence
+
+
+class CriticConfig(Section):
+    """A critic of moment matching: a bounded linear head on hidden states, with an AdamW of its own."""
+
+    bound: Positive = 1.0
+    """B: values are within [-B, B]."""
+    rank: Count | None = None
+    """Rank of its weight, which otherwise has as many rows as the vocabulary and is kept in float32: 64 for large
+    vocabularies."""
+    init_scale: Positive = 1e-3
+    """Standard deviation of its first weights."""
+    weight_decay: NonNegative = 0.01
+    """Decoupled."""
+    grad_clip: Positive = 1.0
+    """Largest gradient norm, of both critics together."""
+    lr_multiplier: Positive = 10.0
+    """Its learning rate, in multiples of the student's at the same step."""
+
+
+class MomentMatchingObjective(_Shared):
+    """Adversarial moment matching (AMMD, arXiv 2406.02959): critics maximise a distance, the student minimises it."""
+
+    type: Literal["moment_matching"]
+    off_policy_weight: Fraction = 0.5
+    """beta: weight of the distance on the dataset's text; the distance on the student's own has 1 - beta."""
+    future_credit: Literal["none", "mc"] = "none"
+    """Whether a token of the student is also held to account for what comes after it: `mc` follows the samples, with
+    more variance; `none` takes the states as they are, as GKD does."""
+    trunk: Literal["own", "student"] = "own"
+    """What the critic of the student's text reads: the teacher's hidden states, or (`student`) the student's, as the
+    other critic does in any case."""
+    inner_steps: Count = 1
+    """Critic steps before each step of the student."""
+    warmup_inner_steps: Count = 5
+    """The same, in the first `warmup_steps` steps of the student."""
+    warmup_steps: NonNegativeInt = 50
+    """Steps of the student before which the critics learn `warmup_inner_steps` times."""
+    critic: CriticConfig = CriticConfig()
+    """The critics."""
+
+    @property
+    def learns_from_student(self) -> bool:
+        """Unless all weight is on the dataset's side."""
+        return self.off_policy_weight < 1
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """Unless all weight is on the student's side."""
+        return self.off_policy_weight > 0
+
+
+class SampledKlObjective(_Shared):
+    """The reverse KL through sampled tokens: those of the response, or some drawn at every position."""
+
+    type: Literal["sampled_kl"]
+    estimator: Literal["policy_gradient", "monte_carlo"] = "policy_gradient"
+    """`policy_gradient`: log p_T - log p_S of each token that the student wrote is that token's reward; the dataset's
+    text is left out. `monte_carlo`: tokens drawn from the current student at every position, of any text."""
+    gamma: Fraction = 0.0
+    """For policy_gradient: discount of what later tokens earn; 0 credits a token with itself alone."""
+    length_normalize: bool = False
+    """For policy_gradient: divide what a token earns by the number of tokens that it is summed over."""
+    ratio_clip: RatioClip | None = 2.0
+    """For policy_gradient: largest importance weight of a token that an older student wrote; null for no limit."""
+    num_draws: Count = 4
+    """For monte_carlo: tokens a position."""
+
+    @model_validator(mode="after")
+    def settings_fit_the_estimator(self) -> "SampledKlObjective":
+        """A setting of the other estimator would have no effect."""
+        own = {"monte_carlo": ("num_draws",), "policy_gradient": ("gamma", "length_normalize", "ratio_clip")}
+        for estimator, names in own.items():
+            for name in names:
+                if estimator != self.estimator and getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(f"`{name}` is of the estimator {estimator}: remove it, or set estimator to that")
+        return self
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """Only where tokens are drawn anew."""
+        return self.estimator == "monte_carlo"
+
+
+class MiniLlmObjective(_Shared):
+    """The reverse KL of whole responses as MiniLLM minimises it (arXiv 2306.08543): exact for the next token, and a
+    policy gradient for what comes after it. The dataset's text is left out."""
+
+    type: Literal["minillm"]
+    gamma: Fraction = 0.95
+    """Discount of what later tokens earn; 1 in the paper's equations, 0.95 in its code."""
+    length_normalize: bool = True
+    """Divide what later tokens earn by their number."""
+    single_step: bool = True
+    """Take the next token's part as an exact sum over the vocabulary. False: all of it through the sampled token."""
+    clip_range: Annotated[float, Field(gt=0, lt=1)] | None = 0.2
+    """PPO's epsilon: a token whose probability has moved by more than this since it was sampled, in the direction that
+    the loss pushes it, is left where it is; null for no limit."""
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """No: tokens are actions of the student."""
+        return False
+
+
+class CustomObjective(_Shared):
+    """An objective of the user's own."""
+
+    type: Literal["custom"]
+    path: Annotated[str, AfterValidator(absolute_path)]
+    """Import path, "package.module:Class" or "path/to/file.py:Class"; called with (temperature=..., **kwargs) it gives
+    what has `requires` and takes ObjectiveInputs. A relative file is looked for from where the command runs."""
+    kwargs: dict[str, Any] = {}
+    """Keyword arguments of the call."""
+    teacher: bool = True
+    """Whether it compares with a teacher, that is, whether `requires` has anything in it."""
+
+    @property
+    def compares(self) -> bool:
+        """As configured."""
+        return self.teacher
+
+
+class SumTerm(Section):
+    """One part of a sum."""
+
+    weight: Positive = 1.0
+    """Multiplies the term's loss; used as given."""
+    samples: Literal["auto", "all", "student", "dataset"] = "auto"
+    """Whose text the term is of. `auto`: an sft term learns from the dataset's, any other from all that it can."""
+    objective: Annotated["BuiltObjective", Field(discriminator="type")]
+    """The term's loss, with a temperature and token weights of its own."""
+
+    @property
+    def only(self) -> Literal["student", "dataset"] | None:
+        """Whose text alone it is of; None for both."""
+        if self.samples == "auto":
+            return "dataset" if isinstance(self.objective, SftObjective) else None
+        return None if self.samples == "all" else self.samples
+
+    @property
+    def learns_from_student(self) -> bool:
+        """Whether the student's own samples are of use. To maximum likelihood too, where that was asked for."""
+        return self.only == "student" or (
+            self.only is None and (self.samples == "all" or self.objective.learns_from_student)
+        )
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """Whether the dataset's completions are of use."""
+        return self.only != "student" and self.objective.learns_from_dataset
+
+
+class SumObjective(_Any):
+    """A weighted sum of objectives."""
+
+    type: Literal["sum"]
+    terms: Annotated[list[SumTerm], Field(min_length=1)]
+    """What is added. Temperatures are the terms', the reduction is the sum's."""
+
+    @model_validator(mode="after")
+    def one_reduction(self) -> "SumObjective":
+        """A term cannot be averaged in another way than the sum."""
+        for number, term in enumerate(self.terms):
+            if term.objective.reduction not in ("token_mean", self.reduction):
+                raise ValueError(
+                    f"`terms.{number}` has a reduction of its own, and a sum is averaged as one: set the sum's "
+                    "reduction"
+                )
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """If any term does, or its token weights."""
+        return any(term.objective.needs_teacher for term in self.terms)
+
+    @property
+    def temperature(self) -> float:
+        """That of the terms that need a teacher. Where they differ no signal is chosen that depends on it."""
+        return next((term.objective.temperature for term in self.terms if term.objective.needs_teacher), 1.0)
+
+    @property
+    def learns_from_student(self) -> bool:
+        """If any term does."""
+        return any(term.learns_from_student for term in self.terms)
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """If any term does."""
+        return any(term.learns_from_dataset for term in self.terms)
+
+    @property
+    def evaluated_divergence(self) -> DivergenceConfig:
+        """That of the first term that needs a teacher."""
+        found = (term.objective.evaluated_divergence for term in self.terms if term.objective.needs_teacher)
+        return next(found, super().evaluated_divergence)
+
+
+BuiltObjective = (
+    DistillObjective
+    | SftObjective
+    | MomentMatchingObjective
+    | RlGkdObjective
+    | SampledKlObjective
+    | MiniLlmObjective
+    | CustomObjective
+    | SumObjective
+)
+"""What this version builds; a new objective is added here and to `ObjectiveConfig`."""
+
+SumTerm.model_rebuild()
+SumObjective.model_rebuild()
 
 ObjectiveConfig = Annotated[
     Annotated[DistillObjective, Tag("distill")]
     | Annotated[SftObjective, Tag("sft")]
+    | Annotated[MomentMatchingObjective, Tag("moment_matching")]
+    | Annotated[RlGkdObjective, Tag("rl_gkd")]
+    | Annotated[SampledKlObjective, Tag("sampled_kl")]
+    | Annotated[MiniLlmObjective, Tag("minillm")]
+    | Annotated[CustomObjective, Tag("custom")]
+    | Annotated[SumObjective, Tag("sum")]
     | Annotated[Reserved, Tag("reserved")],
     Discriminator(_objective_tag),
 ]
+
+
+_Kind = TypeVar("_Kind")
+
+
+def terms_of_type(objective: object, kind: type[_Kind]) -> list[_Kind]:
+    """What of an objective is of one type: itself, or terms of a sum."""
+    if isinstance(objective, kind):
+        return [objective]
+    terms = getattr(objective, "terms", ())
+    return [found for term in terms for found in terms_of_type(getattr(term, "objective", term), kind)]

@@ -1,6 +1,6 @@
 """The `rollout` section: how the student writes."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -28,6 +28,9 @@ class RolloutConfig(Section):
     """Memory for the engine's key-value cache on CPU hosts, GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Share of a GPU's memory that the engine takes on GPU hosts."""
+    record_logprobs: Literal["auto"] | bool = "auto"
+    """Record the log-probability of every sampled token: for objectives that need it, and for the metrics of staleness.
+    `auto`: where the objective needs it, or `sync.max_staleness` is above 0."""
     max_restarts: NonNegativeInt = 0
     """How often a dead engine is started again."""
     timeout_s: Positive = 600.0

@@ -1,16 +1,17 @@
 """The whole config. Its keys are fixed from the start; what a version does not build is refused in `built.py`."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from gkd.config.base import Count, NonNegativeInt, Section
 from gkd.config.data import DataConfig
-from gkd.config.models import StudentConfig, TeacherConfig
-from gkd.config.objective import ObjectiveConfig, SftObjective
+from gkd.config.models import StudentConfig, TeacherConfig, Teachers
+from gkd.config.objective import MomentMatchingObjective, ObjectiveConfig, Reserved, RlGkdObjective, terms_of_type
 from gkd.config.rollout import RolloutConfig
 from gkd.config.trainer import SyncConfig, TrainerConfig
+from gkd.importing import absolute_path
 
 LARGEST_RANK = 512
 """Largest adapter that vLLM takes."""
@@ -32,8 +33,9 @@ class RunConfig(Section):
 class RewardConfig(Section):
     """A reward function of the user's own."""
 
-    path: str
-    """Import path, "package.module:function"."""
+    path: Annotated[str, AfterValidator(absolute_path)]
+    """Import path, "package.module:function" or "path/to/file.py:function"; the function takes (samples, **kwargs) and
+    returns a finite number for each (`gkd/rewards.py`). A relative file is looked for from where the command runs."""
     kwargs: dict[str, Any] = {}
     """Bound to the function's keyword arguments."""
 
@@ -72,7 +74,7 @@ class Config(Section):
     run: RunConfig
     student: StudentConfig
     teacher: TeacherConfig | None = None
-    teachers: list[TeacherConfig] = []
+    teachers: Teachers = []
     data: DataConfig
     rollout: RolloutConfig = RolloutConfig()
     objective: ObjectiveConfig
@@ -87,19 +89,15 @@ class Config(Section):
     def parts_agree(self) -> "Config":
         """Checks that span sections."""
         self._check_models()
+        self._check_reward()
         self._check_training()
+        self._check_objective()
         self._check_evaluation()
         return self
 
     def _check_models(self) -> None:
-        if self.needs_teacher and self.teacher is None and not self.teachers:
-            raise ValueError("teacher: this objective compares with a teacher: add `teacher: {model: ...}`")
+        self._check_teachers()
         lora = self.student.lora
-        if self.teacher is not None and self.teacher.backend == "student_base" and lora is None:
-            raise ValueError(
-                "teacher.backend = student_base: the teacher is the student with its adapter off, so the student needs "
-                "an adapter: add `student.lora: {}`, or name a teacher model"
-            )
         if lora is None:
             return
         if self.student.init == "random":
@@ -110,6 +108,42 @@ class Config(Section):
         if lora.r > LARGEST_RANK:
             raise ValueError(
                 f"student.lora.r = {lora.r}: the rollout engines take adapters of rank {LARGEST_RANK} at most: lower it"
+            )
+
+    def _check_teachers(self) -> None:
+        if self.teacher is not None and self.teachers:
+            raise ValueError("teachers: there is a `teacher`, too: move it into the list, or remove the list")
+        if self.needs_teacher and not self.all_teachers:
+            raise ValueError("teacher: this objective compares with a teacher: add `teacher: {model: ...}`")
+        for field, teacher in zip(self.teacher_fields, self.all_teachers, strict=True):
+            if teacher.backend == "student_base" and self.student.lora is None:
+                raise ValueError(
+                    f"{field}.backend = student_base: the teacher is the student with its adapter off, so the student "
+                    "needs an adapter: add `student.lora: {}`, or name a teacher model"
+                )
+            if teacher.backend == "student_ema" and self.trainer.zero_stage == 3:
+                raise ValueError(
+                    f"{field}.backend = student_ema: every rank keeps the average whole, and trainer.zero_stage = 3 "
+                    "gives none of them whole weights: set trainer.zero_stage to 2"
+                )
+
+    def _check_reward(self) -> None:
+        rewarded = terms_of_type(self.objective, RlGkdObjective)
+        if not rewarded:
+            return
+        if self.reward is None:
+            raise ValueError('reward: the rl_gkd objective needs one: add `reward: {path: "my_file.py:my_reward"}`')
+        if len({(term.baseline, term.normalize_std) for term in rewarded}) > 1:
+            raise ValueError("objective.terms: all rl_gkd terms share their advantages: give them one baseline")
+        if not self.needs_rollouts:
+            raise ValueError(
+                "data.on_policy_fraction = 0: the rl_gkd objective learns from rewards of what the student writes: "
+                "raise it, or use the distill objective"
+            )
+        if self.rollout.samples_per_prompt == 1 and any(term.baseline == "prompt_mean" for term in rewarded):
+            raise ValueError(
+                "rollout.samples_per_prompt = 1: `baseline: prompt_mean` compares the samples of a prompt: set "
+                "samples_per_prompt to at least 2, or baseline to batch_mean"
             )
 
     def _check_training(self) -> None:
@@ -146,6 +180,31 @@ class Config(Section):
                 f"{needed}, or offload to none"
             )
 
+    def _check_objective(self) -> None:
+        """Every part of the objective needs text that it can learn from."""
+        objective, fraction = self.objective, self.on_policy_fraction
+        if isinstance(objective, Reserved):
+            return
+        parts = {f"`terms.{i}` of the objective": term for i, term in enumerate(getattr(objective, "terms", ()))}
+        for name, part in (parts or {f"the {objective.type} objective": objective}).items():
+            if fraction == 0 and not part.learns_from_dataset:
+                raise ValueError(
+                    f"data.on_policy_fraction = {self.data.on_policy_fraction}: {name} learns from what the student "
+                    "writes alone: raise the fraction, or use the distill objective"
+                )
+            if fraction == 1 and not part.learns_from_student:
+                raise ValueError(
+                    f"data.on_policy_fraction = {self.data.on_policy_fraction}: {name} learns from the dataset's text "
+                    "alone: lower the fraction, or set the term's `samples`"
+                )
+        for matching in terms_of_type(objective, MomentMatchingObjective):
+            if fraction in (0, 1) and 0 < matching.off_policy_weight < 1:
+                raise ValueError(
+                    f"data.on_policy_fraction = {self.data.on_policy_fraction}: moment_matching with off_policy_weight "
+                    f"= {matching.off_policy_weight:g} needs the dataset's text and the student's: set the fraction to "
+                    f"0.5, or off_policy_weight to {1 - fraction:g}"
+                )
+
     def _check_evaluation(self) -> None:
         evaluation = self.eval
         if evaluation.every_steps and not self.data.eval:
@@ -173,12 +232,13 @@ class Config(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher scores the samples."""
-        return not isinstance(self.objective, SftObjective)
+        return isinstance(self.objective, Reserved) or self.objective.needs_teacher
 
     @property
     def on_policy_fraction(self) -> float:
         """lambda as it takes effect: maximum likelihood learns from the dataset alone."""
-        return 0.0 if isinstance(self.objective, SftObjective) else self.data.on_policy_fraction
+        learns = isinstance(self.objective, Reserved) or self.objective.learns_from_student
+        return self.data.on_policy_fraction if learns else 0.0
 
     @property
     def needs_rollouts(self) -> bool:
@@ -191,9 +251,31 @@ class Config(Section):
         return self.on_policy_fraction < 1
 
     @property
+    def all_teachers(self) -> list[TeacherConfig]:
+        """`teacher` or `teachers`, whichever there is."""
+        return self.teachers if self.teacher is None else [self.teacher]
+
+    @property
+    def teacher_fields(self) -> list[str]:
+        """For each of `all_teachers`, the section that holds it, for messages."""
+        return ["teacher"] if self.teacher is not None else [f"teachers.{i}" for i in range(len(self.teachers))]
+
+    @property
+    def mixture(self) -> tuple[float, ...] | None:
+        """The teachers' weights in their mixture, 1 in sum; None where they are not mixed."""
+        weights = [teacher.weight for teacher in self.all_teachers if teacher.weight is not None]
+        return tuple(weight / sum(weights) for weight in weights) if len(weights) > 1 else None
+
+    @property
+    def routes(self) -> tuple[str, ...]:
+        """Names of the teachers of which each record has one; empty where there is no choice."""
+        several = self.needs_teacher and len(self.all_teachers) > 1 and self.mixture is None
+        return tuple(teacher.name for teacher in self.all_teachers) if several else ()
+
+    @property
     def needs_teacher_workers(self) -> bool:
-        """Whether the teacher has workers of its own; the student's base is scored by the trainer."""
-        return self.needs_teacher and self.teacher is not None and self.teacher.backend != "student_base"
+        """Whether teachers have workers of their own; what is made of the student is scored by the trainer."""
+        return self.needs_teacher and all(teacher.has_workers for teacher in self.all_teachers)
 
     @property
     def needs_engine(self) -> bool:

@@ -7,10 +7,22 @@ from collections.abc import Callable
 
 import torch
 
+from gkd.divergences.adaptive import adaptive_kl
 from gkd.divergences.jsd import generalized_jsd
 from gkd.divergences.kl import forward_kl, reverse_kl
+from gkd.divergences.skew import skew_forward_kl, skew_reverse_kl
+from gkd.divergences.total_variation import total_variation
 
 Divergence = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """(student_logits_TV, teacher_logits_TV) -> loss_T, options bound."""
 
-__all__ = ["Divergence", "forward_kl", "generalized_jsd", "reverse_kl"]
+__all__ = [
+    "Divergence",
+    "adaptive_kl",
+    "forward_kl",
+    "generalized_jsd",
+    "reverse_kl",
+    "skew_forward_kl",
+    "skew_reverse_kl",
+    "total_variation",
+]

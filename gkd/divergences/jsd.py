@@ -1,10 +1,8 @@
 """The generalised Jensen-Shannon divergence of GKD (arXiv 2306.13649, Eq. 1)."""
 
-import math
-
 import torch
 
-from gkd.divergences.common import kl, log_probs
+from gkd.divergences.common import kl, log_mixture, log_probs
 
 
 def generalized_jsd(
@@ -12,8 +10,8 @@ def generalized_jsd(
 ) -> torch.Tensor:
     """JSD_beta(T, S) = beta KL(T || M) + (1 - beta) KL(S || M), with M = beta T + (1 - beta) S, per token.
 
-    `beta` is the *teacher's* weight in the mixture. The mixture is taken in probability space (a logsumexp of
-    log-probabilities), never by mixing logits. DistiLLM's `js_distance(lam)` uses the other convention, lam = 1 - beta.
+    `beta` is the *teacher's* weight in the mixture, which is taken in probability space, never by mixing logits.
+    DistiLLM's `js_distance(lam)` uses the other convention, lam = 1 - beta.
 
     The divergence shrinks to 0 as beta nears 0 or 1; what stays finite is JSD/beta -> KL(T || S) for beta -> 0 and
     JSD/(1 - beta) -> KL(S || T) for beta -> 1. So beta near 0 acts like forward KL in direction with a smaller step,
@@ -39,10 +37,6 @@ def generalized_jsd(
             f"Use {nearest} for the limit at beta = {0 if beta <= 0 else 1}"
         )
     student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    # A token that neither emits adds nothing below; logaddexp(-inf, -inf) would only spoil the gradient with NaN.
-    never_TV = teacher_TV.isneginf() & student_TV.isneginf()
-    mixture_TV = torch.logaddexp(
-        teacher_TV.masked_fill(never_TV, 0) + math.log(beta), student_TV.masked_fill(never_TV, 0) + math.log1p(-beta)
-    )
+    mixture_TV = log_mixture(teacher_TV, student_TV, weight=beta)
     jsd_T = beta * kl(teacher_TV, mixture_TV) + (1 - beta) * kl(student_TV, mixture_TV)
     return jsd_T / (beta * (1 - beta)) if normalize else jsd_T

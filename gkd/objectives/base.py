@@ -4,15 +4,15 @@ Legend: N sequences, T packed response tokens of a micro-batch, t tokens of a ch
 width, W outcomes (V, or K + 1 of a sparse teacher signal).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
-from gkd.logits import Logits, map_chunks
+from gkd.logits import Logits, map_chunks, raised
 from gkd.signals import SignalKind
-from gkd.teacher_view import TeacherView, raised
+from gkd.teacher_view import TeacherView
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +83,19 @@ class ObjectiveInputs:
     0 in sequences of the dataset; None where they were not recorded."""
     rewards_N: torch.Tensor | None = None
     """[N] float32 reward of each sequence; None where there is no reward function."""
+    advantages_N: torch.Tensor | None = None
+    """[N] float32 reward minus baseline (`gkd.advantages`) of each sequence, 0 for the dataset's; None where there is
+    no reward function."""
+    sequence_scale_N: torch.Tensor | None = None
+    """[N] float32: a loss per token times this is what the reducer makes a sum over a sequence's tokens, averaged over
+    the sequences of the whole batch that the student wrote (`gkd.reduce.sequence_sum_scales`); 0 for the dataset's."""
+    watch: Callable[[Chunk], None] | None = None
+    """Sees every chunk that `per_token` makes, to measure what needs its logits."""
+
+    @property
+    def on_policy_T(self) -> torch.Tensor:
+        """[T] bool, which tokens the student wrote itself."""
+        return self.on_policy_N.repeat_interleave(torch.tensor(self.lengths, device=self.on_policy_N.device))
 
     @property
     def student_logits_TV(self) -> torch.Tensor:
@@ -102,7 +115,10 @@ class ObjectiveInputs:
         """
 
         def of(span: slice) -> tuple[torch.Tensor, ...]:
-            return function(Chunk(raised(self.student.rows(span)), self.response_ids_T[span], span, self.teacher))
+            chunk = Chunk(raised(self.student.rows(span)), self.response_ids_T[span], span, self.teacher)
+            if self.watch is not None:
+                self.watch(chunk)
+            return function(chunk)
 
         tokens = self.student.num_tokens
         return map_chunks(of, num_tokens=tokens, num_rows=self.num_rows, device=self.student.device)
@@ -118,6 +134,16 @@ class ObjectiveOutput:
     """[T] bool, which tokens this objective counts: the inputs' mask or a part of it."""
     metrics_T: dict[str, torch.Tensor] = field(default_factory=dict)
     """Name -> [T] detached values, averaged over the counted tokens of the whole batch and logged as `loss/<name>`."""
+    partial_metrics_T: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Name -> [T] detached values and [T] bool: likewise, but averaged over these tokens alone, and left out of steps
+    that have none. The names are the same for every micro-batch."""
+
+
+Staleness = Literal["robust", "corrected", "sensitive"]
+"""What samples of an older student do to an objective. `robust`: every term is computed anew under the current student,
+and only the choice of prefixes is old. `corrected`: the tokens are actions, weighted by how much more probable they are
+now (this needs their recorded log-probabilities). `sensitive`: they are taken as if the current student had written
+them, and the gradient is biased."""
 
 
 class Objective(Protocol):
@@ -125,7 +151,59 @@ class Objective(Protocol):
 
     requires: frozenset[SignalKind]
     """Signal kinds, one of which the teacher must provide; empty if no teacher is needed."""
+    staleness: Staleness
+    """What samples of an older student do to it."""
+    needs_sampler_logprobs: bool
+    """Whether the rollout engines must record the log-probabilities of the tokens that they sample."""
 
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """The per-token loss of one micro-batch."""
         ...
+
+
+class Adversary(Protocol):
+    """Parameters that an objective owns, and what they learn before every step of the student.
+
+    They live beside the student, whole on every rank, and learn from the whole batch at once with AdamW.
+    """
+
+    learning_rate_multiplier: float
+    """Their learning rate, in multiples of the student's."""
+    weight_decay: float
+    """Decoupled."""
+    grad_clip: float
+    """Largest gradient norm, of all of them together."""
+
+    def prepare(self, inputs: ObjectiveInputs, *, seed: int) -> None:
+        """Make the parameters if there are none yet: their shapes follow from what the models give."""
+        ...
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """All of them, in an order that does not change."""
+        ...
+
+    def loss(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """What they minimise: per token, reduced like the student's loss. The inputs have no graph."""
+        ...
+
+    def inner_steps(self, step: int) -> int:
+        """How often they learn before the student's step `step`, from 1: at least once."""
+        ...
+
+    def end_step(self, metrics: Mapping[str, float]) -> None:
+        """They have learnt for this step; `metrics` are those of the last `loss`, of the whole batch."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything to go on from, as tensors and plain values."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
+        """Go on from what `state_dict` gave; makes the parameters."""
+        ...
+
+
+def adversaries_of(objective: Objective) -> list[Adversary]:
+    """What the objective owns: its `adversaries`, and those of its `terms` if it is a sum; most have none."""
+    own = list(getattr(objective, "adversaries", ()))
+    return own + [adversary for term in getattr(objective, "terms", ()) for adversary in adversaries_of(term)]

@@ -3,7 +3,7 @@
 import torch
 
 from gkd.divergences import Divergence
-from gkd.objectives.base import Chunk, ObjectiveInputs, ObjectiveOutput
+from gkd.objectives.base import Chunk, ObjectiveInputs, ObjectiveOutput, Staleness
 from gkd.signals import ANY_DISTRIBUTION
 
 
@@ -15,6 +15,8 @@ class Distill:
     """
 
     requires = ANY_DISTRIBUTION
+    staleness: Staleness = "robust"
+    needs_sampler_logprobs = False
 
     def __init__(self, *, divergence: Divergence, temperature: float) -> None:
         self.divergence = divergence

@@ -1,6 +1,6 @@
 """Maximum likelihood on the response tokens."""
 
-from gkd.objectives.base import ObjectiveInputs, ObjectiveOutput
+from gkd.objectives.base import ObjectiveInputs, ObjectiveOutput, Staleness
 from gkd.signals import SignalKind
 
 
@@ -8,6 +8,8 @@ class SupervisedFineTuning:
     """-log p_S(y_t | y_<t, x) per response token. Needs no teacher."""
 
     requires: frozenset[SignalKind] = frozenset()
+    staleness: Staleness = "robust"
+    needs_sampler_logprobs = False
 
     def __init__(self, *, temperature: float) -> None:
         self.temperature = temperature

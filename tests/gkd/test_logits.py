@@ -6,6 +6,7 @@ from batches import objective_inputs
 from live_memory import LiveMemory
 
 from gkd import divergences, logits
+from gkd.head_linear import shared_gradient
 from gkd.logits import HeadLogits, WholeLogits, map_chunks
 from gkd.objectives import Distill, SupervisedFineTuning
 from gkd.teacher_view import WholeView
@@ -14,6 +15,10 @@ DIVERGENCES = {
     "forward_kl": divergences.forward_kl,
     "reverse_kl": divergences.reverse_kl,
     "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.9),
+    "skew_forward_kl": lambda s, t: divergences.skew_forward_kl(s, t, alpha=0.2),
+    "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
+    "total_variation": divergences.total_variation,
+    "adaptive_kl": lambda s, t: divergences.adaptive_kl(s, t, head_mass=0.5),
     "sft": None,
 }
 
@@ -93,3 +98,26 @@ def test_no_tokens_at_all():
 def test_whole_logits_are_there():
     given = torch.randn(4, 3)
     assert torch.equal(WholeLogits(given).rows(slice(1, 3)), given[1:3])
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_applied_many_times_has_the_gradient_of_one_application(bias):
+    hidden, _, _ = problem(tokens=10, rows=7)
+    layer = torch.nn.Linear(8, 7, bias=bias)
+    weights_TV = torch.randn(10, 7)
+    parameters = [hidden, *layer.parameters()]
+    expected = torch.autograd.grad((layer(hidden).sin() * weights_TV).sum(), parameters)
+    apply = shared_gradient(layer, layer.forward)
+    parts = [(apply(hidden[i : i + 3]).sin() * weights_TV[i : i + 3]).sum() for i in range(0, 10, 3)]
+    for found, one in zip(torch.autograd.grad(sum(parts), parameters), expected, strict=True):
+        torch.testing.assert_close(found, one)
+
+
+def test_what_is_frozen_or_no_plain_layer_is_applied_as_it_is():
+    layer = torch.nn.Linear(8, 7)
+    with torch.no_grad():
+        assert shared_gradient(layer, layer.forward) == layer.forward
+    layer.weight.requires_grad_(False)
+    assert shared_gradient(layer, layer.forward) == layer.forward
+    wrapped = torch.nn.Sequential(torch.nn.Linear(8, 7))
+    assert shared_gradient(wrapped, wrapped.forward) == wrapped.forward

@@ -6,7 +6,8 @@ import torch
 from batches import objective_inputs
 
 from gkd import divergences
-from gkd.config.objective import CustomDivergence, DistillObjective, SftObjective
+from gkd.config.divergence import CustomDivergence
+from gkd.config.objective import DistillObjective, SftObjective
 from gkd.errors import UserError
 from gkd.objectives import Distill, SupervisedFineTuning, build_divergence, build_objective
 from gkd.signals import FullLogits, SignalKind

@@ -25,6 +25,14 @@ DIVERGENCES = {
     "forward_kl": divergences.forward_kl,
     "reverse_kl": divergences.reverse_kl,
     "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.3),
+    "skew_forward_kl": lambda s, t: divergences.skew_forward_kl(s, t, alpha=0.2),
+    "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
+    "total_variation": divergences.total_variation,
+}
+TWINS = {
+    "jsd": lambda s, t: naive.generalized_jsd(s, t, beta=0.3),
+    "skew_forward_kl": lambda s, t: naive.skew_forward_kl(s, t, alpha=0.2),
+    "skew_reverse_kl": lambda s, t: naive.skew_reverse_kl(s, t, alpha=0.2),
 }
 
 
@@ -94,7 +102,7 @@ def test_the_gradient_of_a_sparse_divergence_is_that_of_the_merged_distributions
         for row in (logits[t], teacher[t].double()):
             p = row.softmax(-1)
             merged.append(torch.cat([p[kept], p[others].sum()[None]]).log()[None])
-        twin = {"jsd": lambda s, t: naive.generalized_jsd(s, t, beta=0.3)}.get(divergence) or getattr(naive, divergence)
+        twin = TWINS.get(divergence) or getattr(naive, divergence)
         losses.append(twin(*merged))
     expected = torch.cat(losses)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)

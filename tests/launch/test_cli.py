@@ -294,7 +294,6 @@ def test_sources_of_all_formats_pass_the_check(gkd, setup, tmp_path, monkeypatch
         (["{student}", "--teacher", "/nowhere"], "--teacher", "Hugging Face"),
         (["{student}", "--teacher", "{foreign}"], "--teacher", "another tokenizer"),
         (["{student}", "--divergence", "kl"], "--divergence", "reverse_kl"),
-        (["{student}", "--divergence", "total_variation"], "--divergence", "not built yet"),
         (["{student}", "--max-new-tokens", "500"], "--max-new-tokens", "context of 96"),
         (["{student}", "--data", "absent.jsonl"], "--data", "cannot be read"),
         (["{student}", "--data", "nobody/nothing"], "--data", "Couldn't reach"),

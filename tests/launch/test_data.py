@@ -40,7 +40,7 @@ def write(path, *prompts):
 def test_sources_are_numbered_and_their_records_counted_on(tmp_path):
     sources = [write(tmp_path / "a.jsonl", "a", "bb" * 9, "c"), write(tmp_path / "b.jsonl", "d")]
     parsed = config(sources)
-    data = tokenize_training(parsed, read_training(parsed), facts(), None)
+    data = tokenize_training(parsed, read_training(parsed), facts(), [])
     assert [(record.index, record.source) for record in data.records] == [(0, 0), (2, 0), (3, 1)]
     assert (data.num_dropped, data.longest_prompt) == (1, 1)
 
@@ -54,20 +54,20 @@ def test_held_out_prompts_leave_room_for_the_answer_whatever_training_needs(tmp_
     )
     records = read_held_out(parsed)
     assert len(records) == 4 and records[0].answer == "a"
-    data = tokenize_held_out(parsed, records, facts(), None)
+    data = tokenize_held_out(parsed, records, facts(), [])
     assert [record.index for record in data.records] == [0, 2] and data.num_dropped == 1
     assert all(record.completion is None for record in data.records)
-    assert tokenize_training(parsed, read_training(parsed), facts(), None).records[0].completion is not None
+    assert tokenize_training(parsed, read_training(parsed), facts(), []).records[0].completion is not None
 
 
 def test_an_unknown_token_is_found_in_its_source(tmp_path):
     sources = [write(tmp_path / "a.jsonl", "ab"), write(tmp_path / "b.jsonl", "az")]
     parsed = config(sources, sources)
-    data = tokenize_training(parsed, read_training(parsed), student := facts(extra="z"), None)
-    check_ids(parsed, data, student, None, VOCABULARY + 1, section="train")
+    data = tokenize_training(parsed, read_training(parsed), student := facts(extra="z"), [])
+    check_ids(parsed, data, student, [], VOCABULARY + 1, section="train")
     for section in ("train", "eval"):
         with pytest.raises(UserError, match="'z'") as caught:
-            check_ids(parsed, data, student, None, VOCABULARY, section=section)
+            check_ids(parsed, data, student, [], VOCABULARY, section=section)
         assert caught.value.field == f"data.{section}.1.path"
 
 
@@ -78,10 +78,10 @@ def test_a_weighted_source_must_have_something_to_give(tmp_path):
     ]
     parsed = config(sources)
     with pytest.raises(UserError, match="no record that fits") as caught:
-        tokenize_training(parsed, read_training(parsed), facts(), None)
+        tokenize_training(parsed, read_training(parsed), facts(), [])
     assert caught.value.field == "data.train.1.path"
     parsed = config(sources, data={"overlong": "truncate"})
-    data = tokenize_training(parsed, read_training(parsed), facts(), None)
+    data = tokenize_training(parsed, read_training(parsed), facts(), [])
     stream = PromptStream(data.records, seed=0, samples_per_prompt=1, weights=parsed.data.weights)
     lengths = [len(stream.sample(i).token_ids) for i in range(200)]
     assert set(lengths) == {1, 10} and 70 < lengths.count(10) < 130

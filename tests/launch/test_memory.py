@@ -57,11 +57,12 @@ def config(**changes):
 def needs(parsed, *, on_gpu, adapter=0):
     sizes = Sizes(
         student=STUDENT,
-        teacher=TEACHER,
+        teachers=(TEACHER,),
         adapter=adapter,
         rows=100,
-        signal=SignalKind.FULL_LOGITS if parsed.needs_teacher else None,
+        signals=(SignalKind.FULL_LOGITS,) if parsed.needs_teacher else (),
         longest_prompt=6,
+        longest_scored_prompt=6,
         longest_response=10,
     )
     return {need.worker: need for need in estimate(parsed, sizes, on_gpu=on_gpu)}
@@ -133,6 +134,21 @@ def test_a_long_sequence_and_a_small_batch_bound_a_micro_batch():
 def test_engines_on_gpus_hold_the_prompts_in_flight():
     parts = needs(config(rollout={"tensor_parallel_size": 2}), on_gpu=True)["rollout"].parts
     assert parts == {"weights": 2000, "key-value cache": 6 * 16 * 7 * 4 // 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameters"),
+    [
+        ({}, 100 * 10 + 100 * 20),
+        ({"trunk": "student"}, 100 * 10 * 2),
+        ({"off_policy_weight": 1}, 100 * 10),
+        ({"off_policy_weight": 0, "critic": {"rank": 3}}, 3 * (100 + 20)),
+    ],
+)
+def test_critics_are_whole_on_every_rank(changes, parameters):
+    objective = {"type": "moment_matching"} | changes
+    parsed = config(objective=objective, data={"on_policy_fraction": 0.5}, trainer={"zero_stage": 3})
+    assert needs(parsed, on_gpu=True)["trainer"].parts["critics"] == 16 * parameters
 
 
 def test_runs_without_engine_or_teacher():

@@ -13,6 +13,10 @@ KINDS = [
     {"type": "reverse_kl"},
     {"type": "generalized_jsd", "beta": 0.1},
     {"type": "generalized_jsd", "beta": 0.9, "normalize": True},
+    {"type": "skew_forward_kl"},
+    {"type": "skew_reverse_kl"},
+    {"type": "total_variation"},
+    {"type": "adaptive_kl"},
 ]
 
 

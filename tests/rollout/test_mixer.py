@@ -1,5 +1,6 @@
 import pytest
 
+from gkd.scoring import GroupLimits
 from gkd.types import Completion
 from rollout.mixer import Mixer
 from rollout.prompts import PromptStream
@@ -23,8 +24,7 @@ def mixer(
         on_policy_fraction=fraction,
         mixing=mixing,
         max_new_tokens=10,
-        group_tokens=group_tokens,
-        group_sequences=group_sequences,
+        limits={None: GroupLimits(group_tokens, group_sequences)},
     )
 
 

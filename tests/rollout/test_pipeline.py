@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gkd.interfaces import ScoredGroup
+from gkd.rewards import RewardError
+from gkd.scoring import GroupLimits
 from gkd.types import Completion, Rollout
 from rollout.mixer import Mixer
-from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
+from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
 from rollout.tokenized import TokenizedRecord
 
@@ -86,8 +88,7 @@ def mixer(fraction):
         on_policy_fraction=fraction,
         mixing="per_sample",
         max_new_tokens=4,
-        group_tokens=20,
-        group_sequences=3,
+        limits={None: GroupLimits(tokens=20, sequences=3)},
     )
 
 
@@ -95,7 +96,14 @@ def run(fraction, max_staleness, seed, steps=12, every_steps=1):
     """Batches of a run whose engines, teachers and trainer take random times."""
     rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
     pipeline = Pipeline(
-        mixer(fraction), rollouts, teachers, first_step=1, last_step=steps, max_staleness=max_staleness, timeout_s=20
+        mixer(fraction),
+        rollouts,
+        teachers,
+        NoRewards(),
+        first_step=1,
+        last_step=steps,
+        max_staleness=max_staleness,
+        timeout_s=20,
     )
     batches = []
     with pipeline:
@@ -139,7 +147,9 @@ def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, ma
 def test_generation_runs_ahead_by_the_bound_and_no_further():
     """With a trainer that never finishes a step, exactly the steps within the window are generated."""
     rollouts, teachers = FakeRollouts(0), FakeTeachers()
-    pipeline = Pipeline(mixer(1.0), rollouts, teachers, first_step=1, last_step=9, max_staleness=2, timeout_s=20)
+    pipeline = Pipeline(
+        mixer(1.0), rollouts, teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
+    )
     with pipeline:
         pipeline.release(0)
         assert [pipeline.take().step for _ in range(3)] == [1, 2, 3]
@@ -160,6 +170,7 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
         mixer(1.0),
         Silent(0),
         NoTeacher(),
+        NoRewards(),
         first_step=1,
         last_step=3,
         max_staleness=0,
@@ -173,7 +184,7 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
 
 def test_an_error_outside_reaches_whoever_waits():
     pipeline = Pipeline(
-        mixer(1.0), FakeRollouts(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=9
+        mixer(1.0), FakeRollouts(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=9
     )
     with pipeline, pytest.raises(OSError, match="the push failed"):
         pipeline.fail(OSError("the push failed"))
@@ -194,7 +205,9 @@ def test_a_dead_worker_ends_the_run_with_its_own_error():
 
             self.post(fail)
 
-    pipeline = Pipeline(mixer(1.0), Dying(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=20)
+    pipeline = Pipeline(
+        mixer(1.0), Dying(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
+    )
     with pipeline, pytest.raises(RuntimeError, match="the engine died"):
         pipeline.release(0)
         pipeline.take()
@@ -205,14 +218,18 @@ def test_silence_has_a_deadline():
         def submit(self, prompts):
             pass
 
-    pipeline = Pipeline(mixer(1.0), Silent(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2)
+    pipeline = Pipeline(
+        mixer(1.0), Silent(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2
+    )
     with pipeline, pytest.raises(TimeoutError, match=r"rollout\.timeout_s"):
         pipeline.release(0)
         pipeline.take()
 
 
 def test_without_engine_and_teacher_the_dataset_passes_through():
-    pipeline = Pipeline(mixer(0.0), NoRollouts(), NoTeacher(), first_step=1, last_step=2, max_staleness=0, timeout_s=5)
+    pipeline = Pipeline(
+        mixer(0.0), NoRollouts(), NoTeacher(), NoRewards(), first_step=1, last_step=2, max_staleness=0, timeout_s=5
+    )
     with pipeline:
         pipeline.release(0)
         batch = pipeline.take()
@@ -225,7 +242,72 @@ def test_an_engine_that_answers_but_finishes_nothing_has_a_deadline_too():
         def submit(self, prompts):
             threading.Timer(0.01, lambda: self.post(lambda: self.submit(prompts))).start()
 
-    pipeline = Pipeline(mixer(1.0), Busy(0), NoTeacher(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3)
+    pipeline = Pipeline(
+        mixer(1.0), Busy(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
+    )
     with pipeline, pytest.raises(TimeoutError, match="no rollout"):
         pipeline.release(0)
         pipeline.take()
+
+
+class FakeRewards:
+    """Rewards a group with the prompts' numbers, late and out of order."""
+
+    def __init__(self, *, delay_s=0.001, result=lambda rollouts: [float(r.id.prompt_index) for r in rollouts]):
+        self.delay_s = delay_s
+        self.result = result
+
+    def connect(self, post, deliver):
+        self.post, self.deliver = post, deliver
+
+    def submit(self, key, rollouts):
+        delay = self.delay_s * (3 - key[1] % 3)
+        threading.Timer(delay, lambda: self.post(lambda: self.deliver(key, self.result(rollouts)))).start()
+
+
+def batches(rewards, *, teachers=None, steps=4, timeout_s=20.0):
+    rollouts = FakeRollouts(0)
+    pipeline = Pipeline(
+        mixer(0.5),
+        rollouts,
+        teachers or FakeTeachers(),
+        rewards,
+        first_step=1,
+        last_step=steps,
+        max_staleness=0,
+        timeout_s=timeout_s,
+    )
+    found = []
+    with pipeline:
+        for step in range(steps):
+            pipeline.release(step)
+            found.append(pipeline.take())
+    return found
+
+
+@pytest.mark.parametrize("teachers", [None, NoTeacher()])
+def test_every_sample_of_a_batch_has_its_own_reward(teachers):
+    for batch in batches(FakeRewards(), teachers=teachers):
+        assert batch.rewards == tuple(float(r.id.prompt_index) for r in batch.rollouts)
+        assert None not in batch.rewards
+
+
+def test_without_a_function_there_are_no_rewards():
+    assert [batch.rewards for batch in batches(NoRewards(), steps=2)] == [None, None]
+
+
+def test_a_failing_function_ends_the_run_with_its_error():
+    def fail(rollouts):
+        raise RewardError("my_reward failed on 3 samples: KeyError: 'answer'")
+
+    with pytest.raises(RewardError, match="my_reward failed"):
+        batches(FakeRewards(result=fail))
+
+
+def test_a_function_that_never_returns_is_named_when_time_is_up():
+    class Silent(FakeRewards):
+        def submit(self, key, rollouts):
+            pass
+
+    with pytest.raises(TimeoutError, match=r"0 rollouts, and of complete groups 0 signals and [1-9]\d* sets of rew"):
+        batches(Silent(), timeout_s=0.5)

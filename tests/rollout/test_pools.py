@@ -4,8 +4,10 @@ from concurrent.futures import Future
 
 import pytest
 
+from gkd.rewards import RewardError
 from gkd.types import Prompt, Rollout, SampleId
 from rollout.idle import IdleClock
+from rollout.reward_actor import RewardPool
 from rollout.rollout_actor import RolloutPool
 from rollout.teacher_actor import TeacherPool
 
@@ -219,3 +221,27 @@ def test_the_idle_clock_runs_while_nothing_is_done(monkeypatch):
     clock.rest()
     now[0] = 16.5
     assert clock.read() == 3.5
+
+
+def test_two_groups_wait_at_the_worker_and_references_go_along():
+    actor = type("Actor", (), {"score": Method()})()
+    delivered = []
+    pool = RewardPool(actor, references=["zero", None, "two"])
+    pool.connect(lambda callback: callback(), lambda key, rewards: delivered.append((key, rewards)))
+    for number, members in enumerate([(2, 0), (1,), (0,)]):
+        pool.submit((1, number), [rollout(SampleId(0, i, 0)) for i in members])
+    assert [references for (_, references), _ in actor.score.calls] == [["two", "zero"], [None]]
+    actor.score.calls[0][1].set_result([0.5, 1.0])
+    assert delivered == [((1, 0), [0.5, 1.0])] and len(actor.score.calls) == 3
+    failing = actor.score.calls[1][1]
+    with pytest.raises(RewardError, match="broken"):
+        pool._post = lambda callback: callback()
+        _raise_through(failing, RewardError("broken"))
+
+
+def _raise_through(future, error):
+    """Futures log what their callbacks raise; here it is raised."""
+    callbacks, future._done_callbacks = future._done_callbacks, []
+    future.set_exception(error)
+    for callback in callbacks:
+        callback(future)

@@ -73,6 +73,7 @@ def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows
         "rows": rows,
         "objective": objective or distill(),
         "base_is_teacher": False,
+        "ema_decay": None,
         "learning_rate": 1e-2,
         "lr_schedule": "constant",
         "warmup_steps": 0,

@@ -71,11 +71,11 @@ def records(folder, completed_steps):
 def test_records_are_cut_back_to_the_checkpoint(tmp_path):
     with records(tmp_path, 0) as first:
         for step in (1, 2, 3):
-            first.write(step, {"step": step}, [rollout(2 * step), rollout(2 * step + 1)])
+            first.write(step, {"step": step}, [rollout(2 * step), rollout(2 * step + 1)], None)
     with (tmp_path / "samples.jsonl").open("a") as file:
         file.write('{"step": 4, "epo')  # the process died here
     with records(tmp_path, 2) as second:
-        second.write(3, {"step": 3}, [rollout(9)])
+        second.write(3, {"step": 3}, [rollout(9)], None)
     ledger = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt_index"]) for line in ledger] == [(1, 2), (1, 3), (2, 4), (2, 5), (3, 9)]
     assert ledger[0] | {"step": 0} == {

@@ -1,6 +1,7 @@
 """The student's modes on one rank: adapters, activations computed again, bfloat16, masked tokens, exports."""
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from trainer.deepspeed_checkpoint import trained_weights
 from trainer.export import write_tensors
 from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights
 from trainer.student import Student
-from trainer.teacher_source import BaseAsTeacher
+from trainer.teacher_source import StudentAsTeacher
 from trainer.weights import not_sharded
 
 LORA = LoraSettings(r=4, alpha=8.0, targets="all-linear", dropout=0.0)
@@ -71,7 +72,7 @@ def test_the_base_as_teacher_is_the_base(model):
     """An adapter that has learnt is compared with what a teacher of its own, the base, says."""
     student, _ = trained(model, lora=LORA, base_is_teacher=False)
     unscored = [ScoredRollout(rollout=s.rollout, signal=None) for s in BATCHES[0]]
-    view = BaseAsTeacher(student._model, student._forward, rows=18).view(unscored)
+    view = StudentAsTeacher(student._model, student._forward, partial(adapter_off, student._model), rows=18).view(unscored)
     base = make_model_from(model)
     expected = [
         base(input_ids=torch.tensor([r.token_ids])).logits[0, len(r.prompt_ids) - 1 : -1, :18].detach()

@@ -1,0 +1,29 @@
+"""The total variation distance, the largest difference in probability that student and teacher give to any event."""
+
+import torch
+
+from gkd.divergences.common import log_probs
+
+
+def total_variation(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
+    """TV(T, S) = 1/2 sum |T - S| per token: symmetric, bounded, and a metric.
+
+    1 - TV is the probability that a token sampled from the student is accepted in speculative decoding (arXiv
+    2211.17192). Pinsker: TV <= sqrt(KL / 2), for either direction of the KL.
+
+    The gradient in the student's logits is 1/2 S (s - sum S s), s = sign(S - T), of which no entry exceeds 1/4. It is
+    that of a distance: it does not shrink as the student nears the teacher (where both are equal it is 0), and it
+    vanishes where the student gives no mass to what the teacher says. Start near the teacher, or from a KL.
+
+    Args:
+        student_logits_TV: [T, V], any float dtype; raised to float32 inside.
+        teacher_logits_TV: [T, V].
+
+    Returns:
+        [T], in [0, 1] up to rounding. No mask, no mean.
+
+    Raises:
+        ValueError: if the shapes differ.
+    """
+    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
+    return 0.5 * (teacher_TV.exp() - student_TV.exp()).abs().sum(-1)

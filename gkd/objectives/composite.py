@@ -1,0 +1,182 @@
+"""Objectives made of objectives: sums of them, and tokens weighted by something else than their place in the mean.
+
+Legend: T packed response tokens.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
+
+import torch
+
+from gkd.errors import UserError
+from gkd.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput, Staleness
+from gkd.signals import SPARSE, SignalKind
+
+_BY_SENSITIVITY: tuple[Staleness, ...] = ("robust", "corrected", "sensitive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Term:
+    """One objective of a sum."""
+
+    name: str
+    """What its metrics begin with."""
+    objective: Objective
+    """The loss."""
+    weight: float
+    """Multiplies it, as it is."""
+    only: Literal["student", "dataset"] | None
+    """Whose text it is of; None for both."""
+    temperature: float
+    """Its loss temperature."""
+
+
+class Sum:
+    """sum_i weight_i loss_i, per token.
+
+    A term that counts fewer tokens than there are (`sampled_kl` counts the student's alone) adds 0 at the others, and
+    the sum is averaged over all valid tokens. So a term is *not* averaged over its own tokens: on a share lambda of the
+    batch it weighs lambda times its weight, as in GKD's objective, where data of either source count by their number
+    (arXiv 2306.13649). Each term's metrics are averaged over its own tokens, and so is its loss, `<term>_loss`.
+
+    Each term makes the student's logits for itself: with n terms the output head is applied n times.
+    """
+
+    def __init__(self, terms: Sequence[Term], *, field: str) -> None:
+        """`field` is the config field of the sum, for messages.
+
+        Raises:
+            UserError: if no signal of the teacher serves all terms.
+        """
+        self.terms = tuple(term.objective for term in terms)
+        self.requires = _common_requirement(terms, field)
+        self.staleness: Staleness = max((term.staleness for term in self.terms), key=_BY_SENSITIVITY.index)
+        self.needs_sampler_logprobs = any(term.needs_sampler_logprobs for term in self.terms)
+        self._terms = tuple(terms)
+
+    def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """The weighted sum per token [T].
+
+        Raises:
+            ValueError: as the terms.
+        """
+        loss_T = torch.zeros(len(inputs.mask_T), device=inputs.mask_T.device)
+        metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        for term in self._terms:
+            output = term.objective(inputs)
+            own_T = output.mask_T & inputs.mask_T & _chosen(inputs, term.only)
+            # Selected and not multiplied: what a term says of tokens that it does not count may be infinite.
+            loss_T = loss_T + term.weight * torch.where(own_T, output.loss_T, torch.zeros_like(output.loss_T))
+            measured = {name: (values_T, output.mask_T) for name, values_T in output.metrics_T.items()}
+            measured |= output.partial_metrics_T | {"loss": (output.loss_T.detach(), own_T)}
+            metrics |= {f"{term.name}_{name}": (values, mask & own_T) for name, (values, mask) in measured.items()}
+        return ObjectiveOutput(loss_T=loss_T, mask_T=inputs.mask_T, partial_metrics_T=metrics)
+
+
+def term_names(types: Sequence[str]) -> list[str]:
+    """What the metrics of each term begin with: its type, with a number where the type is there more than once."""
+    return [
+        kind if types.count(kind) == 1 else f"{kind}_{types[: place + 1].count(kind)}"
+        for place, kind in enumerate(types)
+    ]
+
+
+def _chosen(inputs: ObjectiveInputs, only: Literal["student", "dataset"] | None) -> torch.Tensor:
+    if only is None:
+        return torch.ones_like(inputs.mask_T)
+    return inputs.on_policy_T if only == "student" else ~inputs.on_policy_T
+
+
+def _common_requirement(terms: Sequence[Term], field: str) -> frozenset[SignalKind]:
+    """Signals that serve every term that compares with a teacher."""
+    asking = [term for term in terms if term.objective.requires]
+    if not asking:
+        return frozenset()
+    common = frozenset.intersection(*(term.objective.requires for term in asking))
+    if not common:
+        one, other = _disagreeing(asking)
+        raise UserError(
+            field,
+            f"{one.name} + {other.name}",
+            f"cannot share a teacher signal: {one.name} requires {_listed(one.objective.requires)}, and {other.name} "
+            f"{_listed(other.objective.requires)}.",
+            "Leave one of them out.",
+        )
+    if len({term.temperature for term in asking}) == 1:
+        return common
+    if common <= SPARSE:
+        one, other = next((asking[0], term) for term in asking if term.temperature != asking[0].temperature)
+        raise UserError(
+            field,
+            f"{one.name} + {other.name}",
+            f"are at the temperatures {one.temperature:g} and {other.temperature:g}, and the signal that serves both "
+            f"({_listed(common)}) is made at one.",
+            "Give both the same temperature.",
+        )
+    return common - SPARSE
+
+
+def _disagreeing(terms: Sequence[Term]) -> tuple[Term, Term]:
+    """Two that share no signal; if every two share one, and only all together none, the first and the last."""
+    pairs = ((one, other) for place, one in enumerate(terms) for other in terms[place + 1 :])
+    disjoint = (pair for pair in pairs if not pair[0].objective.requires & pair[1].objective.requires)
+    return next(disjoint, (terms[0], terms[-1]))
+
+
+def _listed(kinds: frozenset[SignalKind]) -> str:
+    return " or ".join(sorted(kinds))
+
+
+class TokenWeight(Protocol):
+    """How much each token counts."""
+
+    requires: frozenset[SignalKind]
+    """Signal kinds, one of which it needs; empty if it looks at no teacher."""
+
+    def __call__(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        """[T] weights, without a graph."""
+        ...
+
+
+class WeightedTokens:
+    """Any objective, its loss multiplied by a weight per token; the objective does not know of it.
+
+    Weights are used as they are, and the mean is still over the number of tokens: weights with the mean 1/2 halve the
+    loss. Dividing by their sum would tie the micro-batches to each other. Their mean is the metric `token_weight`. A
+    weight of 0 takes a token's gradient away, but the token still counts in the mean.
+    """
+
+    def __init__(self, objective: Objective, weight: TokenWeight, *, field: str) -> None:
+        """`field` is the config field of the objective, for messages.
+
+        Raises:
+            UserError: if no signal of the teacher serves both.
+        """
+        needs = objective.requires, weight.requires
+        self.requires = needs[0] & needs[1] if all(needs) else needs[0] | needs[1]
+        if any(needs) and not self.requires:
+            raise UserError(
+                f"{field}.token_weight",
+                type(weight).__name__,
+                f"requires {_listed(needs[1])} of the teacher, and the objective {_listed(needs[0])}.",
+                "Use another token weight.",
+            )
+        self.terms = (objective,)
+        self.staleness = objective.staleness
+        self.needs_sampler_logprobs = objective.needs_sampler_logprobs
+        self._objective = objective
+        self._weight = weight
+
+    def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """The weighted loss per token [T].
+
+        Raises:
+            ValueError: as the objective, or if the teacher's signal is not what the weight needs.
+        """
+        output = self._objective(inputs)
+        with torch.no_grad():
+            weight_T = self._weight(inputs).detach()
+        # Selected and not multiplied: what weighs nothing may be infinite.
+        loss_T = torch.where(weight_T == 0, torch.zeros_like(output.loss_T), output.loss_T * weight_T)
+        return replace(output, loss_T=loss_T, metrics_T=output.metrics_T | {"token_weight": weight_T})

@@ -1,0 +1,84 @@
+"""The teachers of a run: their workers, and how work is given to them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gkd.config import Config
+from gkd.config.objective import Reserved
+from gkd.scoring import GroupLimits
+from gkd.signals import SignalKind
+from launch.placement import teacher_workers
+from launch.preflight import Facts
+from launch.ray_session import Workers
+from rollout.hf_teacher import TeacherSettings
+from rollout.teacher_actor import TeacherActor, TeacherPool
+from rollout.teacher_router import MixedTeachers, Pool, RoutedTeachers
+
+_UNLIMITED = 2**31
+
+
+def start_teachers(config: Config, facts: Facts, workers: Workers) -> list[list[Any]]:
+    """Start the workers of each teacher; nothing where none has any."""
+    if not config.needs_teacher_workers:
+        return []
+    pairs = zip(teacher_workers(config), teacher_settings(config, facts), strict=True)
+    return [workers.start_all(worker, TeacherActor, settings) for worker, settings in pairs]
+
+
+def teacher_settings(config: Config, facts: Facts) -> list[TeacherSettings]:
+    """Of each teacher, where they have workers."""
+    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
+    return [
+        TeacherSettings(
+            name=teacher.name,
+            model=model.path,
+            dtype=teacher.dtype,
+            rows=facts.rows,
+            signal=signal,
+            top_k=teacher.top_k,
+            temperature=config.objective.temperature,
+        )
+        for teacher, model, signal in zip(config.all_teachers, facts.teachers, facts.sizes.signals, strict=True)
+    ]
+
+
+def heads(config: Config, facts: Facts, teachers: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Handles to the heads of the teachers that send hidden states, by name."""
+    of_each = zip(config.all_teachers, teachers, facts.sizes.signals, strict=False)  # none where none has workers
+    return {
+        teacher.name: actors[0].head.remote()
+        for teacher, actors, signal in of_each
+        if signal is SignalKind.HIDDEN_STATES
+    }
+
+
+def all_scores(config: Config, teachers: Sequence[Sequence[Any]], *, timeout_s: float) -> Pool | None:
+    """The teachers' workers as one; None where there are none."""
+    pools = [TeacherPool(actors, timeout_s=timeout_s) for actors in teachers]
+    if len(pools) < 2:
+        return pools[0] if pools else None
+    if config.mixture is not None:
+        return MixedTeachers(pools, config.mixture)
+    return RoutedTeachers(dict(zip(config.routes, pools, strict=True)))
+
+
+def scoring_limits(config: Config) -> dict[str | None, GroupLimits]:
+    """Of each teacher's scoring groups; under None where every group is for all teachers, and has to suit each."""
+    own = [GroupLimits(teacher.tokens_per_batch, teacher.sequences_per_batch) for teacher in config.all_teachers]
+    if config.routes:
+        return dict(zip(config.routes, own, strict=True))
+    tokens = min((limits.tokens for limits in own), default=_UNLIMITED)
+    return {None: GroupLimits(tokens, min((limits.sequences for limits in own), default=_UNLIMITED))}
+
+
+def student_top_k(config: Config, facts: Facts) -> int:
+    """How many of the student's most probable tokens the engines record: as many as any teacher scores."""
+    if SignalKind.TOP_K not in facts.sizes.signals:
+        return 0
+    return max(teacher.student_top_k for teacher in config.all_teachers)
+
+
+def ema_decay(config: Config) -> float | None:
+    """Of the student's moving average, where that is the teacher."""
+    own = [teacher.ema_decay for teacher in config.all_teachers if teacher.backend == "student_ema"]
+    return own[0] if own and config.needs_teacher else None

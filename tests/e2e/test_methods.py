@@ -1,0 +1,78 @@
+"""The objectives and the forms of a teacher's signal with the real engines."""
+
+import pytest
+import torch
+from runs import STEPS, check_ledger, losses, run_and_resume
+
+REWARD = '''
+def share_of_a(samples, scale):
+    """How much of a response is the letter a."""
+    return [scale * s.response.count("a") / max(len(s.response), 1) for s in samples]
+'''
+
+
+def test_critics_of_moment_matching_survive_a_resume(train):
+    changes = {
+        "objective": {"type": "moment_matching", "future_credit": "mc", "warmup_inner_steps": 2},
+        "data.on_policy_fraction": 0.5,
+        "data.mixing": "per_sample",
+    }
+    (metrics, ledger, _), (again, _, _) = run_and_resume(train, "moments", changes)
+    assert {line["source"] for line in ledger} == {"student", "dataset"}
+    assert losses(again) == losses(metrics)
+    assert all(line["teacher/signal_bytes"] % (64 * 4) == 0 for line in metrics)  # hidden states of width 64
+    for line in metrics:
+        assert line["loss/d_on"] <= 2 * line["loss/tv_on"] + 1e-6
+        assert line["loss/d_off"] <= 2 * line["loss/tv_off"] + 1e-6
+
+
+def test_a_reward_and_sampled_tokens_in_streaming(train, tmp_path):
+    (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
+    terms = [
+        {"weight": 0.5, "objective": {"type": "sampled_kl"}},
+        {"objective": {"type": "rl_gkd", "alpha": 0.5, "divergence": {"type": "reverse_kl"}}},
+    ]
+    changes = {
+        "objective": {"type": "sum", "terms": terms},
+        "reward": {"path": f"{tmp_path / 'reward.py'}:share_of_a", "kwargs": {"scale": 2.0}},
+        "sync.max_staleness": 1,
+        "trainer.max_steps": STEPS,
+    }
+    metrics, ledger, _ = train("reward", changes)
+    check_ledger(metrics, ledger, max_staleness=1)
+    for line in metrics:
+        own = [sample["reward"] for sample in ledger if sample["step"] == line["step"]]
+        assert line["reward/mean"] == pytest.approx(sum(own) / len(own))
+        assert all(0 <= reward <= 2 for reward in own)
+        assert line["staleness/ratio_mean"] > 0
+    first = metrics[0]
+    assert first["staleness/ratio_mean"] == pytest.approx(1.0, abs=1e-3)  # written by the very weights they train
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", [{"signal": "hidden_states"}, {"signal": "top_k", "top_k": 40}])
+def test_what_travels_does_not_change_what_is_learnt(train, models, signal):
+    teacher = models("llama", seed=1)
+    plain, _, _ = train("full", {"teacher.signal": "full_logits"})
+    tree = {f"teacher.{key}": value for key, value in signal.items()}
+    other, _, _ = train("other", tree, teacher=teacher)
+    assert losses(other) == pytest.approx(losses(plain), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_few_tokens_and_the_rest_in_one_bucket(train):
+    """Less than the exact divergence, for a fraction of the bytes; the student's own favourites are scored, too."""
+    changes = {"objective": {"type": "distill", "divergence": {"type": "reverse_kl"}}, "trainer.max_steps": 1}
+    exact, _, _ = train("exact", changes)
+    sparse, _, _ = train(
+        "sparse", changes | {"teacher.signal": "top_k", "teacher.top_k": 2, "teacher.student_top_k": 2}
+    )
+    assert 0.3 * losses(exact)[0] < losses(sparse)[0] <= losses(exact)[0] * (1 + 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"estimator": "monte_carlo"}, {"gamma": 0.9}, {"type": "minillm"}])
+def test_policy_gradients_learn(train, changes):
+    objective = {"type": "sampled_kl"} | changes
+    metrics, _, _ = train("gradient", {"objective": objective, "trainer.max_steps": 2})
+    assert all(torch.isfinite(torch.tensor(line["loss/total"])) for line in metrics)

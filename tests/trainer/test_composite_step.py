@@ -1,0 +1,53 @@
+"""Objectives that couple tokens, add up and weigh, in the trainer: how the batch is split changes nothing."""
+
+from dataclasses import replace
+
+import pytest
+from batches import scored_batch, step, student_settings
+from pydantic import TypeAdapter
+from tiny import save_model
+
+from gkd.config.objective import ObjectiveConfig
+from trainer.student import Student
+
+EVERYTHING = {
+    "type": "sum",
+    "token_weight": {"type": "exponential_decay", "half_life": 4},
+    "terms": [
+        {"weight": 0.5, "objective": {"type": "minillm", "gamma": 0.9, "temperature": 2.0}},
+        {"objective": {"type": "sampled_kl", "gamma": 0.5, "token_weight": {"type": "entropy"}}},
+        {"weight": 0.1, "objective": {"type": "sft"}},
+    ],
+}
+
+
+def mixed_batch():
+    """Half of it the student's, with the log-probabilities of an older student."""
+    found = []
+    for i, sample in enumerate(scored_batch(rows=18)):
+        own = sample.rollout
+        changes = (
+            {"logprobs": tuple(-1.0 - 0.1 * t for t in range(len(own.response_ids)))}
+            if i % 2
+            else {"source": "dataset", "versions": None, "stop_reason": "dataset"}
+        )
+        found.append(replace(sample, rollout=replace(own, **changes)))
+    return found
+
+
+def test_the_split_into_micro_batches_changes_nothing(tmp_path):
+    model = save_model(tmp_path / "qwen2", "qwen2", rows=24)
+    objective = TypeAdapter(ObjectiveConfig).validate_python(EVERYTHING)
+    batch, reports = mixed_batch(), []
+    for tokens in (4096, 16):
+        student = Student(student_settings(model, objective=objective, rows=18))
+        steps = [step(student, number, batch, tokens_per_micro_batch=tokens) for number in (1, 2)]
+        assert steps[0].num_micro_batches == 1 if tokens == 4096 else steps[0].num_micro_batches > 2
+        reports.append(steps)
+    for whole, split in zip(*reports, strict=True):
+        assert split.loss == pytest.approx(whole.loss, rel=1e-4)
+        assert split.grad_norm == pytest.approx(whole.grad_norm, rel=1e-4)
+        assert split.metrics == pytest.approx(whole.metrics, rel=1e-3, abs=1e-5)
+    names = {"minillm_single_step", "minillm_clip_fraction", "sampled_kl_token_weight", "sft_nll", "token_weight"}
+    assert names <= reports[0][0].metrics.keys()
+    assert reports[0][0].metrics["minillm_ratio"] != pytest.approx(1)
