@@ -190,6 +190,12 @@ def _largest_id(record: TokenizedRecord) -> int:
 def teacher_notes(config: Config, data: TokenizedData) -> list[str]:
     """How many records are the teacher's in a way of their own."""
     notes = []
+    inside = [field for field, t in zip(config.teacher_fields, config.all_teachers, strict=True) if not t.has_workers]
+    if inside and config.objective.type == "distill" and not data.num_teacher_prompts:
+        notes.append(
+            f"{inside[0]} begins as the student itself and reads what the student reads: the loss begins at 0, and "
+            "there is nothing to learn; give records a teacher_prompt, or the objective another term"
+        )
     if data.num_teacher_prompts:
         notes.append(
             f"{data.num_teacher_prompts} of {len(data.records)} records have a prompt for the teacher alone "

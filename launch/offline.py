@@ -79,9 +79,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         is_training = field.startswith("data.train")
         if field not in absent:
             needed = config.needs_completions and is_training
-            read = read_records(
-                source, number=number, field=field, need_completions=needed, keys=teacher_keys(config)
-            )
+            read = read_records(source, number=number, field=field, need_completions=needed, keys=teacher_keys(config))
             records += read if is_training else []
     # What is compared is compared with all teachers, so without one of them there are none.
     teachers = [] if any(field in absent for field, _ in teacher_models(config)) else read_teachers(config)

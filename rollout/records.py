@@ -140,9 +140,7 @@ def fingerprint(records: Iterable[Record]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _parse(
-    row: Any, source: DataSource, origin: Origin, *, need_completion: bool, keys: TeacherKeys = NO_TEACHER
-) -> Record:
+def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: bool, keys: TeacherKeys) -> Record:
     if not isinstance(row, dict):
         raise origin.error("is no JSON object.", 'Write {"prompt": "some text"} or {"messages": [...]}.')
     teacher = _parse_route(row.get(source.teacher_field), source.teacher_field, origin, keys.routes)
@@ -181,7 +179,9 @@ def _parse_route(name: Any, key: str, origin: Origin, routes: Sequence[str]) -> 
     if not routes or name is None:
         return routes[0] if routes else None
     if name not in routes:
-        raise origin.error(f"has the {key} {name!r}, which the config does not name.", f"Use one of: {_listed(routes)}.")
+        raise origin.error(
+            f"has the {key} {name!r}, which the config does not name.", f"Use one of: {', '.join(routes)}."
+        )
     return str(name)
 
 
@@ -192,13 +192,14 @@ def _parse_teacher_turns(
     name = source.teacher_prompt_field
     if given == "" or not isinstance(given, str | Sequence):
         raise origin.error(f"has a {name} that is neither messages nor a text.", _FOR_TEACHER)
-    parsed = _parse_messages([{"role": "user", "content": given}] if isinstance(given, str) else given, origin, key=name)
+    messages = [{"role": "user", "content": given}] if isinstance(given, str) else given
+    parsed = _parse_messages(messages, origin, key=name)
     if parsed[-1]["role"] == "assistant":
         raise origin.error(f"has a {name} that ends with the assistant's turn.", _FOR_TEACHER)
     if need_completion and any(turn["role"] == "assistant" for turn in turns[:-1]):
         raise origin.error(
-            f"has a {name} and several turns of the assistant that are trained on: the teacher's prompt stands for what "
-            "precedes one.",
+            f"has a {name} and several turns of the assistant that are trained on: the teacher's prompt stands for "
+            "what precedes one.",
             "Split the conversation so that each record ends with its only assistant's turn, or set "
             "data.on_policy_fraction: 1.",
         )
@@ -228,10 +229,6 @@ def _parse_message(message: Any, name: str, origin: Origin) -> dict[str, Any]:
         raise origin.error(f"{name} has a content that is no text.", "Make it a string, empty if nothing was said.")
     # Columns give every message all keys, None where one does not apply; templates ask whether a key is there.
     return {key: value for key, value in message.items() if value is not None}
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names)
 
 
 _FOR_TEACHER = (

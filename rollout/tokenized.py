@@ -224,9 +224,7 @@ def tokenize(
         if fitted is not None:
             prompt, completion, privileged_fitted = fitted
             kept.append(
-                TokenizedRecord(
-                    index, prompt, completion, record.origin.source, record.teacher, privileged_fitted
-                )
+                TokenizedRecord(index, prompt, completion, record.origin.source, record.teacher, privileged_fitted)
             )
             num_truncated += fitted != (*whole, privileged)
     if not kept:

@@ -25,8 +25,8 @@ from gkd.seeds import derive_seed
 from gkd.types import Rollout, ScoredRollout
 from trainer.adversary import AdversaryAscent
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
-from trainer.export import write_model
 from trainer.ema import WeightAverage
+from trainer.export import write_model
 from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights, write_adapter
 from trainer.micro_batch import MicroBatches
 from trainer.schedule import learning_rate

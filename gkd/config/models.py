@@ -99,8 +99,8 @@ def _fit_together(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
     without = [teacher.name for teacher in teachers if teacher.weight is None]
     if 0 < len(without) < len(teachers):
         raise ValueError(
-            f"some have a `weight` and {', '.join(without)} has none: give all one (a mixture of all teachers), or none "
-            "(one teacher for each record)"
+            f"some have a `weight` and {', '.join(without)} has none: give all one (a mixture of all teachers), or "
+            "none (one teacher for each record)"
         )
     inside = [teacher for teacher in teachers if not teacher.has_workers]
     if inside and len(teachers) > 1:

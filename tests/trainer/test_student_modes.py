@@ -72,7 +72,8 @@ def test_the_base_as_teacher_is_the_base(model):
     """An adapter that has learnt is compared with what a teacher of its own, the base, says."""
     student, _ = trained(model, lora=LORA, base_is_teacher=False)
     unscored = [ScoredRollout(rollout=s.rollout, signal=None) for s in BATCHES[0]]
-    view = StudentAsTeacher(student._model, student._forward, partial(adapter_off, student._model), rows=18).view(unscored)
+    base_alone = partial(adapter_off, student._model)
+    view = StudentAsTeacher(student._model, student._forward, base_alone, rows=18).view(unscored)
     base = make_model_from(model)
     expected = [
         base(input_ids=torch.tensor([r.token_ids])).logits[0, len(r.prompt_ids) - 1 : -1, :18].detach()
