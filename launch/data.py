@@ -1,12 +1,14 @@
 """From the data that the config names to token ids that every model of the run knows."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Literal
 
 from gkd.config import Config
 from gkd.config.data import DataSource
 from gkd.errors import UserError
 from gkd.vocabulary import tokenizer_size
+from launch.hub import use_hub_or_cache
 from launch.models import ModelFacts
 from rollout.records import Record, TeacherKeys, read_records
 from rollout.tokenized import Encoder, Limits, TeacherRoom, TokenizedData, TokenizedRecord, tokenize
@@ -32,6 +34,8 @@ def read_held_out(config: Config) -> list[Record]:
 
 def _read(config: Config, section: Literal["train", "eval"], *, need_completions: bool) -> list[Record]:
     sources = config.data.train if section == "train" else config.data.eval
+    if any(source.resolved_format == "hub" and not Path(source.path).exists() for source in sources):
+        use_hub_or_cache()
     return [
         record
         for number, source in enumerate(sources)

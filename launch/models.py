@@ -6,6 +6,7 @@ from typing import Any
 
 from gkd.errors import UserError
 from gkd.vocabulary import tokenizer_size
+from launch.hub import use_hub_or_cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +51,8 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
             "holds no weights.",
             "Export the model there, or set student.init: random to train from scratch.",
         )
+    if not folder.is_dir():
+        use_hub_or_cache()
     try:
         config = AutoConfig.from_pretrained(path)
         tokenizer = AutoTokenizer.from_pretrained(path)

@@ -291,5 +291,5 @@ class Config(Section):
     def max_logprob_gap(self) -> float | None:
         """`sync.max_logprob_gap`, with `auto` resolved for the trainer's precision."""
         if self.sync.max_logprob_gap == "auto":
-            return 1e-3 if self.trainer.dtype == "float32" else 0.1
+            return 1e-3 if self.trainer.dtype == "float32" else 0.3
         return self.sync.max_logprob_gap

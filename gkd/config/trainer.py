@@ -58,6 +58,7 @@ class SyncConfig(Section):
     0 generation runs ahead of training by so many steps."""
     max_logprob_gap: Positive | Literal["auto"] | None = "auto"
     """Largest |log p(engine) - log p(trainer)| in nats that passes after a sync. A larger one stops a float32 run and
-    is warned of in a bfloat16 one. auto: 1e-3 for float32, 0.1 for bfloat16; None only records it."""
+    is warned of in a bfloat16 one. auto: 1e-3 for float32, 0.3 for bfloat16 (measured in docs/PERFORMANCE.md); None
+    only records it."""
     bucket_mib: Positive = 64.0
     """Size of the packed buckets that weights travel in, MiB."""
