@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from gkd.config import Config, dump_config
 from gkd.errors import UserError
 from trainer import checkpoint
@@ -111,7 +113,7 @@ def prepare(config: Config, start: StartingPoint) -> None:
 
 
 def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flatten(_fixed(before["config"])), _flatten(_fixed(now["config"]))
+    old, new = _flatten(_fixed(_completed(before["config"]))), _flatten(_fixed(now["config"]))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
@@ -127,6 +129,14 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
             "its content changed since the run to be resumed.",
             "Restore the file, or start afresh with run.resume=never.",
         )
+
+
+def _completed(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the keys that came after its version, at their defaults."""
+    try:
+        return Config.model_validate(config).model_dump(mode="json")
+    except ValidationError:  # a later version refuses what it was: then the keys that differ say so
+        return config
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

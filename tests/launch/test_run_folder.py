@@ -127,6 +127,16 @@ def test_what_a_resumed_run_may_not_change(tmp_path, key):
     assert caught.value.field == key.replace("__", ".")
 
 
+def test_a_run_of_an_earlier_version_goes_on_with_the_keys_that_it_did_not_know(tmp_path):
+    folder = tmp_path / "run"
+    state = run_state(config(folder), "hash")
+    del state["config"]["data"]["train"]["weight"], state["config"]["student"]["dropout"]
+    checkpoint.write(folder / "checkpoints", 2, state, lambda path: None, keep_last=9)
+    assert find_start(config(folder), "hash").completed_steps == 2
+    with pytest.raises(UserError, match="was False in the run"):
+        find_start(config(folder, student__dropout=True), "hash")
+
+
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     write_checkpoint(tmp_path / "run", 2)
     with pytest.raises(UserError, match="content changed"):
