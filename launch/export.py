@@ -9,7 +9,7 @@ from rich.console import Console
 from gkd.config import Config, load_config
 from gkd.errors import UserError
 from launch.models import read_model
-from launch.outputs import check_folder
+from launch.outputs import check_new_folder
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -34,10 +34,8 @@ def run_export(run: Path, output: Path, *, which: str, form: str, console: Conso
     config = load_config(run / "config.yaml")
     chosen = _checkpoint(run, which)
     form = _form(config, form)
-    check_folder(output, field="OUTPUT")
+    check_new_folder(output, field="OUTPUT")
     output = output.absolute()
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError("OUTPUT", str(output), "exists already.", "Name another folder, or remove it.")
     student = read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
     with console.status(f"{config.run.name}: step {chosen.step} to {output}"):
         temporary = output.with_name(f"{output.name}.tmp")

@@ -14,7 +14,7 @@ from gkd.errors import UserError
 from gkd.version import __version__
 from launch.architecture import read_architecture
 from launch.models import read_model
-from launch.outputs import check_folder
+from launch.outputs import check_new_folder
 
 _FIELD = "TEACHER"
 
@@ -46,7 +46,7 @@ def run_init_student(request: InitStudentRequest, console: Console) -> None:
         UserError: before any weights are read, for anything that the user can mend.
     """
     output = request.output.absolute()
-    _check_output(output)
+    check_new_folder(output, field="OUTPUT")
     teacher = read_model(request.teacher, field=_FIELD, need_weights=not request.random)
     architecture = read_architecture(teacher.path, field=_FIELD)
     layers, strategy = _layers(request, architecture.num_layers)
@@ -71,12 +71,6 @@ def run_init_student(request: InitStudentRequest, console: Console) -> None:
     table.add_row("weights", "", "random" if request.random else "the teacher's")
     console.print(table)
     console.print(f"The student is in {output}")
-
-
-def _check_output(output: Path) -> None:
-    check_folder(output, field="OUTPUT")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError("OUTPUT", str(output), "exists already.", "Name another folder, or remove it.")
 
 
 def _layers(request: InitStudentRequest, num_layers: int) -> tuple[tuple[int, ...], str | None]:

@@ -19,6 +19,17 @@ def check_folder(folder: Path, *, field: str) -> None:
         raise UserError(field, str(folder), f"cannot be written: see {existing}.", "Choose another folder.")
 
 
+def check_new_folder(folder: Path, *, field: str) -> None:
+    """Refuse a folder that cannot be made or written, or that holds anything.
+
+    Raises:
+        UserError: naming what stands in the way.
+    """
+    check_folder(folder, field=field)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(field, str(folder.absolute()), "exists already.", "Name another folder, or remove it.")
+
+
 def check_file(file: Path, *, field: str) -> None:
     """Refuse a file that cannot be written.
 

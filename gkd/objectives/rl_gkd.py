@@ -52,9 +52,8 @@ class RlGkd:
         lengths_N = torch.tensor(inputs.lengths, device=logprobs_T.device)
         weights_T = (inputs.advantages_N * inputs.sequence_scale_N).repeat_interleave(lengths_N)
         weights_T = weights_T * importance_ratios(logprobs_T, inputs.sampler_logprobs_T, clip=self.ratio_clip)
-        own_T = inputs.on_policy_N.repeat_interleave(lengths_N)
         # Selected, and not just weighted by 0: a token of the dataset may have a log-probability of -inf.
-        policy_T = torch.where(own_T, -weights_T * logprobs_T, torch.zeros_like(logprobs_T))
+        policy_T = torch.where(inputs.on_policy_T, -weights_T * logprobs_T, torch.zeros_like(logprobs_T))
         return ObjectiveOutput(
             loss_T=self.alpha * divergence_T + (1 - self.alpha) * policy_T,
             mask_T=inputs.mask_T,
