@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-all lint format bench clean
+.PHONY: setup quickstart test test-all lint format bench bench-quality clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ $(VENV)/.installed-bench: $(STAMP)
 
 bench: $(VENV)/.installed-bench
 	$(BIN)/python -m benchmarks.step
+
+# Hours, in parts: finished runs are kept. ARGS="--minutes 60" bounds a part.
+bench-quality: $(STAMP)
+	$(BIN)/python -m benchmarks.quality $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -23,11 +23,11 @@ _SPLITS = {"teacher": 60_000, "warmstart": 1_500, "prompts": 9_000, "test": 500}
 """Records per file; no problem is in two of them."""
 
 
-def make_problem(random: np.random.Generator) -> tuple[str, str]:
-    """One (prompt, completion). Each total stays within 0..99, so that two characters hold it."""
+def make_problem(random: np.random.Generator, operands: tuple[int, int] = _OPERANDS) -> tuple[str, str]:
+    """One (prompt, completion), of so many operands. Each total stays within 0..99, so that two characters hold it."""
     total = int(random.integers(0, 10))
     prompt, totals = str(total), []
-    for _ in range(int(random.integers(_OPERANDS[0], _OPERANDS[1] + 1)) - 1):
+    for _ in range(int(random.integers(operands[0], operands[1] + 1)) - 1):
         digit = int(random.integers(0, 10))
         minus = bool(random.integers(0, 2)) and digit <= total
         total += -digit if minus else digit

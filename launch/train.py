@@ -15,7 +15,7 @@ from rich.markup import escape
 from gkd.config import Config
 from launch.build import build_parts, build_span
 from launch.display import Display, TensorBoard, make_display
-from launch.placement import plan_placement
+from launch.placement import Place, plan_placement
 from launch.preflight import check
 from launch.ray_session import Workers, joins_cluster, ray_session, resources
 from launch.run_folder import find_start, mark_export, prepare
@@ -23,8 +23,13 @@ from launch.wire import wire_between
 from trainer.loop import train
 
 
-def run_training(config: Config, console: Console) -> Path:
+def run_training(config: Config, console: Console, *, open_workers: Callable[[list[Place]], Workers] = Workers) -> Path:
     """Train, and export the student. Returns the exported model's folder.
+
+    Args:
+        config: the run's.
+        console: where progress is shown.
+        open_workers: reserves the workers' places; what does it otherwise may keep engines from run to run.
 
     Raises:
         UserError: before any worker starts, for anything that the user can mend.
@@ -48,7 +53,7 @@ def run_training(config: Config, console: Console) -> Path:
         prepare(config, start)
         if start.checkpoint is not None:
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
-        with Workers(places) as workers, _stop_on_signal(console) as stop_requested:
+        with open_workers(places) as workers, _stop_on_signal(console) as stop_requested:
             displays: list[Display] = [
                 make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
             ]

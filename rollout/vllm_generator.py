@@ -167,7 +167,8 @@ class VllmGenerator:
         return self._engine.apply_model(held_modules)[0]
 
     def connect_weights(self, info: dict[str, Any]) -> None:
-        """Join the wire that brings the weights."""
+        """Join the wire that brings the weights. What is cached of another trainer's versions is forgotten."""
+        self._engine.reset_prefix_cache()
         self._weights.connect(info)
 
     def start_update(self) -> None:

@@ -87,6 +87,21 @@ def test_rollouts_begun_after_a_sync_are_a_fresh_engines(models, new_model, ray_
     assert sum(tokens >= 128 for tokens in cached) >= len(after) * 3 // 4
 
 
+def test_another_trainers_versions_share_nothing_with_the_last_ones(models, new_model, ray_cluster):
+    """An engine that is kept from run to run sees the same version number with other weights."""
+    old = models("qwen2", tied=True, context=384)
+    actor = start(old)
+    update(actor, old, 1)
+    generate_all(actor, [], prompts(0, count=2), {})
+    actor.connect_weights.remote({})
+    update(actor, new_model, 1)
+    after = generate_all(actor, [], prompts(1, count=2), {})
+    ray.kill(actor)
+    ordered = sorted(after, key=lambda rollout: rollout.id)
+    served = torch.tensor([value for rollout in ordered for value in rollout.logprobs])
+    torch.testing.assert_close(served, own_logprobs(new_model, ordered), rtol=0, atol=1e-4)
+
+
 def generate_all(actor, old, new, known):
     """Go on until everything in flight and some new prompts are done."""
     missing = {prompt.id for prompt in [*old, *new]} - known.keys()

@@ -1,0 +1,61 @@
+"""The methods that are compared: for each what it changes in the config of a run."""
+
+from typing import Any
+
+
+def _distill(fraction: float, kind: str, **options: Any) -> dict[str, Any]:
+    objective = {"type": "distill", "divergence": {"type": kind, **options}}
+    return {"objective": objective, "data": {"on_policy_fraction": fraction, "mixing": "per_sample"}}
+
+
+def _moments(off_policy_weight: float) -> dict[str, Any]:
+    """Moment matching without an anchor; the samples are those that its sides need."""
+    matching = {"type": "moment_matching", "off_policy_weight": off_policy_weight}
+    return {"objective": matching, "data": {"on_policy_fraction": 1 - off_policy_weight, "mixing": "per_sample"}}
+
+
+HEADLINE: dict[str, dict[str, Any]] = {
+    "sft": {"objective": {"type": "sft"}},
+    "kd": _distill(0, "forward_kl"),
+    "gkd_reverse_kl": _distill(1, "reverse_kl"),
+    "gkd_jsd_0.5": _distill(1, "generalized_jsd", beta=0.5),
+}
+"""Compared over most seeds and teachers."""
+
+OTHERS: dict[str, dict[str, Any]] = {
+    "kd_jsd_0.5": _distill(0, "generalized_jsd", beta=0.5),
+    "kd_reverse_kl": _distill(0, "reverse_kl"),
+    "imitkd": _distill(0.5, "forward_kl"),
+    "gkd_forward_kl": _distill(1, "forward_kl"),
+    "gkd_jsd_0.1": _distill(1, "generalized_jsd", beta=0.1),
+    "gkd_jsd_0.9": _distill(1, "generalized_jsd", beta=0.9),
+    "gkd_skew_forward_kl": _distill(1, "skew_forward_kl", alpha=0.1),
+    "gkd_skew_reverse_kl": _distill(1, "skew_reverse_kl", alpha=0.1),
+    "amm_off": _moments(1.0),
+    "amm_on": _moments(0.0),
+    "amm_both": _moments(0.5),
+    "sampled_reverse_kl": {"objective": {"type": "sampled_kl"}, "data": {"on_policy_fraction": 1.0}},
+}
+"""Compared over fewer."""
+
+METHODS = HEADLINE | OTHERS
+
+TITLES = {
+    "sft": "SFT",
+    "kd": "KD, forward KL",
+    "kd_jsd_0.5": "KD, JSD 0.5 (control)",
+    "kd_reverse_kl": "KD, reverse KL (control)",
+    "imitkd": "ImitKD (lambda 0.5, forward KL)",
+    "gkd_forward_kl": "GKD, forward KL",
+    "gkd_jsd_0.1": "GKD, JSD 0.1",
+    "gkd_jsd_0.5": "GKD, JSD 0.5",
+    "gkd_jsd_0.9": "GKD, JSD 0.9",
+    "gkd_reverse_kl": "GKD, reverse KL",
+    "gkd_skew_forward_kl": "GKD, skew forward KL 0.1",
+    "gkd_skew_reverse_kl": "GKD, skew reverse KL 0.1",
+    "amm_off": "moment matching, off-policy",
+    "amm_on": "moment matching, on-policy",
+    "amm_both": "moment matching, both",
+    "sampled_reverse_kl": "reverse KL of sampled tokens",
+}
+"""As the table calls them."""

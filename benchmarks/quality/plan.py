@@ -1,0 +1,112 @@
+"""Which runs the comparison consists of, and which of them is next.
+
+What comes first is what most hangs on: the learning rates of the headline methods, then those methods over all seeds.
+"""
+
+import statistics
+from collections.abc import Collection, Iterator, Sequence
+
+from benchmarks.quality.methods import HEADLINE, OTHERS
+from benchmarks.quality.results import Cell, Result
+
+STEPS = 250
+"""Optimizer steps of every method, of 32 samples each."""
+RATES = (1e-3, 2.5e-3, 5e-3)
+"""Learning rates that are tried."""
+SEEDS = tuple(range(8))
+FEW_SEEDS = SEEDS[:3]
+TUNING_SEEDS = (100, 101)
+TEACHERS = (0, 1)
+TIMED = ("sft", "kd")
+"""Methods that also get as many steps as fit the time of on-policy distillation."""
+_REFERENCE = "gkd_jsd_0.5"
+
+
+def next_cell(results: Sequence[Result], methods: Collection[str]) -> Cell | None:
+    """The first run of the plan that is not done; None once all are.
+
+    Args:
+        results: finished runs.
+        methods: those that are compared; runs of others are left out.
+    """
+    done = {result.cell for result in results}
+    planned = (cell for cell in _plan(results) if cell.method in methods)
+    return next((cell for cell in planned if cell not in done), None)
+
+
+def _plan(results: Sequence[Result]) -> Iterator[Cell]:
+    """Every run, in order. Later ones hang on what earlier ones found, so this is asked anew after each."""
+    yield from _tuning(HEADLINE, TUNING_SEEDS)
+    for setting, teacher in (("clean", 0), ("clean", 1), ("noisy", 0)):
+        yield from _compared(results, HEADLINE, setting, teacher, SEEDS)
+    yield from _tuning(OTHERS, TUNING_SEEDS[:1])
+    yield from _compared(results, OTHERS, "clean", 0, FEW_SEEDS)
+    yield from _timed(results)
+
+
+def _tuning(methods: Collection[str], seeds: Sequence[int]) -> Iterator[Cell]:
+    for seed in seeds:
+        for method in methods:
+            for rate in RATES:
+                yield Cell(
+                    setting="clean",
+                    teacher=0,
+                    seed=seed,
+                    method=method,
+                    steps=STEPS,
+                    learning_rate=rate,
+                    split="validation",
+                )
+
+
+def _compared(
+    results: Sequence[Result], methods: Collection[str], setting: str, teacher: int, seeds: Sequence[int]
+) -> Iterator[Cell]:
+    """One student after the other, so that all methods of one begin with the same weights and engines."""
+    rates = {method: chosen_rate(results, method) for method in methods}
+    for seed in seeds:
+        for method, rate in rates.items():
+            if rate is not None:
+                yield _test_cell(setting, teacher, seed, method, STEPS, rate)
+
+
+def _timed(results: Sequence[Result]) -> Iterator[Cell]:
+    """Off-policy methods with the steps that fit the time of as many on-policy ones."""
+    for method in TIMED:
+        rate, ratio = chosen_rate(results, method), time_ratio(results, method)
+        if rate is not None and ratio is not None:
+            for seed in SEEDS:
+                yield _test_cell("clean", 0, seed, method, round(STEPS * ratio / 10) * 10, rate)
+
+
+def _test_cell(setting: str, teacher: int, seed: int, method: str, steps: int, rate: float) -> Cell:
+    return Cell(
+        setting=setting, teacher=teacher, seed=seed, method=method, steps=steps, learning_rate=rate, split="test"
+    )
+
+
+def chosen_rate(results: Sequence[Result], method: str) -> float | None:
+    """The learning rate with the highest mean exact match on the validation problems; None before all were tried."""
+    found: dict[float, list[float]] = {}
+    for result in results:
+        if result.cell.method == method and result.cell.split == "validation":
+            found.setdefault(result.cell.learning_rate, []).append(result.after["exact_match"])
+    if set(found) < set(RATES):
+        return None
+    return max(RATES, key=lambda rate: statistics.fmean(found[rate]))
+
+
+def time_ratio(results: Sequence[Result], method: str) -> float | None:
+    """Time of an on-policy step over a step of `method`, medians over the students that ran both."""
+    seconds = {
+        name: {
+            result.cell.seed: result.metrics["step_s"]
+            for result in results
+            if result.cell == _test_cell("clean", 0, result.cell.seed, name, STEPS, result.cell.learning_rate)
+        }
+        for name in (method, _REFERENCE)
+    }
+    both = seconds[method].keys() & seconds[_REFERENCE].keys()
+    if len(both) < len(SEEDS):
+        return None
+    return statistics.median(seconds[_REFERENCE][seed] / seconds[method][seed] for seed in both)

@@ -1,0 +1,131 @@
+"""One run of the comparison: teacher and warm start, which are made once, then the method, then the measurement."""
+
+import hashlib
+import json
+import shutil
+import statistics
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from safetensors.torch import load_file
+
+from benchmarks.quality import task
+from benchmarks.quality.kept_workers import KeptWorkers
+from benchmarks.quality.measure import Teacher, measure
+from benchmarks.quality.methods import METHODS
+from benchmarks.quality.results import Cell, Result
+from gkd.config import parse_config
+from launch.train import run_training
+
+FOLDER = Path("outputs/quality")
+BATCH = 32
+_WARM_STEPS = 400
+_TEACHER_STEPS = 1050
+
+
+def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
+    """Do one cell of the plan."""
+    teacher = _teacher(cell.teacher, console)
+    warm = _warm_start(cell, console)
+    problems = task.read(FOLDER, cell.split)
+    scorer = Teacher.load(teacher)
+    before = _measured_once(warm, scorer, problems, cell)
+    export = _train(_method_config(cell, warm, teacher), console, kept)
+    after = measure(export, scorer, problems, seed=cell.seed)
+    metrics = _metrics(export.parent)
+    shutil.rmtree(export.parent)  # what is kept of a run is its line
+    return Result(cell=cell, warm=weights_hash(warm), before=before, after=after, metrics=metrics)
+
+
+def _teacher(seed: int, console: Console) -> Path:
+    return _trained_once(
+        f"teacher-{seed}",
+        console,
+        {
+            "run": {"seed": seed},
+            "student": {"model": str(FOLDER / "models" / "teacher"), "init": "random"},
+            "data": {"train": {"path": str(FOLDER / "data" / "teacher.jsonl")}},
+            "objective": {"type": "sft"},
+            "trainer": _trainer(_TEACHER_STEPS, 2.5e-3, batch_size=48, warmup_steps=50),
+        },
+    )
+
+
+def _warm_start(cell: Cell, console: Console) -> Path:
+    examples = task.labels(FOLDER, cell.setting, cell.seed)
+    return _trained_once(
+        f"warm-{cell.setting}-{cell.seed}",
+        console,
+        {
+            "run": {"seed": cell.seed},
+            "student": {"model": str(FOLDER / "models" / "student"), "init": "random"},
+            "data": {"train": {"path": str(examples)}},
+            "objective": {"type": "sft"},
+            "trainer": _trainer(_WARM_STEPS, 5e-3, batch_size=BATCH, warmup_steps=50),
+        },
+    )
+
+
+def _method_config(cell: Cell, warm: Path, teacher: Path) -> dict[str, Any]:
+    method = METHODS[cell.method]
+    examples = task.labels(FOLDER, cell.setting, cell.seed)
+    return {
+        "run": {"name": cell.name, "seed": cell.seed, "output_dir": str(FOLDER / "runs" / cell.name)},
+        "student": {"model": str(warm)},
+        "teacher": {"model": str(teacher)},
+        "data": {"train": {"path": str(examples)}} | method.get("data", {"on_policy_fraction": 0.0}),
+        "rollout": {"temperature": 1.0, "max_new_tokens": 32, "kv_cache_gib": 0.25, "record_logprobs": True},
+        "objective": method["objective"],
+        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=10),
+    }
+
+
+def _trainer(steps: int, rate: float, *, batch_size: int, warmup_steps: int) -> dict[str, Any]:
+    return {
+        "max_steps": steps,
+        "batch_size": batch_size,
+        "learning_rate": rate,
+        "lr_schedule": "cosine",
+        "warmup_steps": warmup_steps,
+        "checkpoint_every": 0,
+    }
+
+
+def _trained_once(name: str, console: Console, config: dict[str, Any]) -> Path:
+    """The model of a run that is the same for many cells."""
+    folder = FOLDER / name
+    config["run"] |= {"name": name, "output_dir": str(folder)}
+    with KeptWorkers() as nobody:  # these runs have no engine to keep
+        return _train(config, console, nobody)
+
+
+def _train(config: dict[str, Any], console: Console, kept: KeptWorkers) -> Path:
+    return run_training(parse_config(config), console, open_workers=kept.open)
+
+
+def _measured_once(warm: Path, teacher: Teacher, problems: list[tuple[str, str]], cell: Cell) -> dict[str, Any]:
+    """The warm start under this teacher; kept beside it."""
+    path = warm.parent / f"measured-t{cell.teacher}-{cell.split}.json"
+    if not path.exists():
+        path.write_text(json.dumps(measure(warm, teacher, problems, seed=cell.seed)), encoding="utf-8")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def weights_hash(folder: Path) -> str:
+    """Of a model's weights, by name and content."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(load_file(folder / "model.safetensors").items()):
+        digest.update(name.encode())
+        digest.update(tensor.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _metrics(folder: Path) -> dict[str, float]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    seconds = [line["time/step_s"] for line in lines]
+    return {
+        "tokens": float(sum(line["tokens/trained"] for line in lines)),
+        "step_s": statistics.median(seconds),
+        "train_s": sum(seconds),
+    }

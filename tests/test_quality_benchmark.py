@@ -1,0 +1,93 @@
+"""The plan, the data and the statistics of the quality comparison; its runs are too long for a test."""
+
+from dataclasses import replace
+
+import pytest
+
+from benchmarks.quality import task
+from benchmarks.quality.methods import METHODS, TITLES
+from benchmarks.quality.plan import RATES, SEEDS, STEPS, TUNING_SEEDS, chosen_rate, next_cell
+from benchmarks.quality.report import differences, summary
+from benchmarks.quality.results import Cell, Result, append, read_results
+
+
+def _result(cell: Cell, exact_match: float, *, warm: str = "w") -> Result:
+    measured = {"exact_match": exact_match, "reverse_kl": 0.1, "total_variation": 0.1, "entropy": 0.2}
+    measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2]}
+    metrics = {"tokens": 100.0, "step_s": 0.1, "train_s": 25.0}
+    return Result(cell=cell, warm=warm, before=measured, after=measured, metrics=metrics)
+
+
+def _cell(method: str, seed: int) -> Cell:
+    return Cell(setting="clean", teacher=0, seed=seed, method=method, steps=STEPS, learning_rate=1e-3, split="test")
+
+
+def test_every_method_has_a_title_and_a_place_in_the_plan() -> None:
+    assert TITLES.keys() == METHODS.keys()
+    assert all(next_cell([], [method]) is not None for method in ("sft", "kd"))
+
+
+def test_the_plan_tunes_first_and_ends() -> None:
+    results: list[Result] = []
+    while (cell := next_cell(results, ["sft", "gkd_jsd_0.5"])) is not None:
+        if len(results) < 2 * len(RATES) * len(TUNING_SEEDS):
+            assert cell.split == "validation"
+        else:
+            assert cell.learning_rate == (2.5e-3 if cell.split == "test" else cell.learning_rate)
+        # On-policy steps take four times as long.
+        slow = cell.method != "sft"
+        result = _result(cell, 0.9 if cell.learning_rate == 2.5e-3 else 0.5)
+        results.append(replace(result, metrics=result.metrics | {"step_s": 0.4 if slow else 0.1}))
+    timed = [result.cell for result in results if result.cell.steps != STEPS]
+    assert {cell.steps for cell in timed} == {4 * STEPS}
+    assert [cell.seed for cell in timed] == list(SEEDS)
+    assert chosen_rate(results, "sft") == 2.5e-3
+
+
+def test_no_rate_is_chosen_before_all_were_tried() -> None:
+    cell = replace(_cell("sft", TUNING_SEEDS[0]), split="validation")
+    assert chosen_rate([_result(cell, 0.5)], "sft") is None
+
+
+def test_differences_are_between_runs_of_one_start() -> None:
+    results = [_result(_cell("sft", seed), 0.5, warm=str(seed)) for seed in range(4)]
+    results += [_result(_cell("kd", seed), 0.5 + gain, warm=str(seed)) for seed, gain in enumerate((0.1, 0.2, 0.3))]
+    (found,) = differences(results)
+    assert (found.first, found.second, found.students, found.positive) == ("kd", "sft", 3, 3)
+    assert found.mean == pytest.approx(0.2)
+    # Student's t with 2 degrees of freedom: 4.303 * 0.1 / sqrt(3).
+    assert found.interval == pytest.approx((0.2 - 0.24843, 0.2 + 0.24843), abs=1e-4)
+    assert summary(results)["runs"] == 7
+
+
+def test_a_finished_run_is_read_back(tmp_path) -> None:
+    result = _result(_cell("kd", 1), 0.123456789)
+    append(result, tmp_path / "results.jsonl")
+    append(result, tmp_path / "results.jsonl")
+    (first, second) = read_results(tmp_path / "results.jsonl")
+    assert first == second
+    assert first.cell == result.cell
+    assert first.after["exact_match"] == 0.12346
+
+
+def test_the_data_of_a_student_is_its_own_and_slips_as_often_as_said(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(task, "TEACHER_PROBLEMS", 300)
+    monkeypatch.setattr(task, "HELD_OUT_PROBLEMS", 50)
+    monkeypatch.setattr(task, "TEST_PROBLEMS", 50)
+    task.prepare(tmp_path)
+    held_out = {prompt for name in ("teacher", "validation", "test") for prompt, _ in task.read(tmp_path, name)}
+    assert len(held_out) == 400
+    for setting in ("clean", "noisy"):
+        task.labels(tmp_path, setting, 3)
+        own = task.read(tmp_path, f"{setting}-3")
+        assert len({prompt for prompt, _ in own}) == task.LABELS[setting]
+        assert not held_out & {prompt for prompt, _ in own}
+        slips = [slip for prompt, answer in own for slip in _slips(prompt, answer)]
+        assert sum(slips) / len(slips) == pytest.approx(task.SLIP if setting == "noisy" else 0, abs=0.01)
+
+
+def _slips(prompt: str, answer: str) -> list[bool]:
+    """For each total, whether it does not follow from the one before."""
+    totals = [int(prompt[0]), *map(int, answer.split(";"))]
+    steps = [int(prompt[i : i + 2]) for i in range(1, len(prompt) - 1, 2)]
+    return [after - before != step for before, after, step in zip(totals, totals[1:], steps, strict=False)]
