@@ -87,6 +87,7 @@ class VllmGenerator:
 
         self._settings = settings
         self._version = 0
+        self._num_loads = 0
         self.updating = False
         """Whether weights are half loaded, so that the engine must not step."""
         self._in_flight: dict[str, _InFlight] = {}
@@ -167,8 +168,7 @@ class VllmGenerator:
         return self._engine.apply_model(held_modules)[0]
 
     def connect_weights(self, info: dict[str, Any]) -> None:
-        """Join the wire that brings the weights. What is cached of another trainer's versions is forgotten."""
-        self._engine.reset_prefix_cache()
+        """Join the wire that brings the weights."""
         self._weights.connect(info)
 
     def start_update(self) -> None:
@@ -184,6 +184,7 @@ class VllmGenerator:
         """They are complete. Sequences in flight go on with them and record both versions."""
         self._weights.finish()
         self._version = version
+        self._num_loads += 1
         self._engine.set_weight_version(str(version))
         self.updating = False
 
@@ -226,8 +227,9 @@ class VllmGenerator:
         return [(o.request_id, self._to_rollout(o)) for o in self._engine.step() if o.finished]
 
     def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str, priority: int = 0) -> None:
-        # The prefix cache outlives a sync: the salt keeps each version's prefixes apart.
-        request = {"prompt_token_ids": list(prompt.token_ids), "cache_salt": f"{salt}-v{self._version}"}
+        # The prefix cache outlives a sync: the salt keeps the prefixes of different weights apart. The version does not
+        # tell them apart, for an engine may serve several trainers, each of which counts its own.
+        request = {"prompt_token_ids": list(prompt.token_ids), "cache_salt": f"{salt}-{self._num_loads}"}
         self._in_flight[name] = _InFlight(prompt, self._version)
         self._engine.add_request(name, request, params, lora_request=self._weights.lora_request, priority=priority)
 
