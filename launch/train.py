@@ -29,7 +29,7 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
     Args:
         config: the run's.
         console: where progress is shown.
-        open_workers: reserves the workers' places; what does it otherwise may keep engines from run to run.
+        open_workers: reserves the workers' places and starts the workers there, or lends some that are up.
 
     Raises:
         UserError: before any worker starts, for anything that the user can mend.

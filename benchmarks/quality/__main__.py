@@ -51,7 +51,7 @@ def main(
     results = read_results()
     if results:
         write(results, FOLDER)
-        console.print(f"{len(results)} runs: {PAGE}, docs/results.png, {FOLDER / 'summary.json'}")
+        console.print(f"{len(results)} runs: {PAGE} and {FOLDER / 'summary.json'}")
 
 
 if __name__ == "__main__":

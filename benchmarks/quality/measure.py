@@ -3,7 +3,6 @@
 Legend: B sequences, T response tokens of a sequence, V vocabulary.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +15,18 @@ _PROBES = 1_000
 """Prompts whose sampled answers are compared with the teacher."""
 
 
-@dataclass(frozen=True)
-class Teacher:
-    """A teacher that is there for all measurements."""
-
-    model: Any
-    """In eval mode."""
-
-    @classmethod
-    def load(cls, folder: Path) -> "Teacher":
-        """Read it."""
-        return cls(AutoModelForCausalLM.from_pretrained(folder).eval())
+def load(folder: Path) -> Any:
+    """A model in eval mode."""
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
 @torch.no_grad()
-def measure(folder: Path, teacher: Teacher, problems: list[tuple[str, str]], *, seed: int) -> dict[str, Any]:
+def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed: int) -> dict[str, Any]:
     """Everything that the tables and plots show of one student.
 
     Args:
         folder: the exported student.
-        teacher: that it learnt from.
+        teacher: the loaded model that it learnt from.
         problems: (prompt, right completion), none of which it has seen; all prompts are of one length.
         seed: of the sampled answers.
 
@@ -44,7 +35,7 @@ def measure(folder: Path, teacher: Teacher, problems: list[tuple[str, str]], *, 
         on its own sampled answers, and `dataset_...` on the right completions; `reverse_kl_by_position`.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    student = AutoModelForCausalLM.from_pretrained(folder).eval()
+    student = load(folder)
     stop = tokenizer.eos_token_id
     prompts_BT = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in problems])
     greedy = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
@@ -54,8 +45,8 @@ def measure(folder: Path, teacher: Teacher, problems: list[tuple[str, str]], *, 
     probes_BT = prompts_BT[:_PROBES]
     sampled_BT = torch.cat([_answer(student, part, stop, sample=True) for part in probes_BT.split(_BATCH)])
     given_BT = torch.tensor([[*tokenizer(answer)["input_ids"], stop] for _, answer in problems[:_PROBES]])
-    own = _compared(student, teacher.model, probes_BT, sampled_BT, stop)
-    dataset = _compared(student, teacher.model, probes_BT, given_BT, stop)
+    own = _compared(student, teacher, probes_BT, sampled_BT, stop)
+    dataset = _compared(student, teacher, probes_BT, given_BT, stop)
     return {
         "exact_match": sum(right) / len(right),
         **{name: value for name, value in own.items() if name != "by_position"},
@@ -70,7 +61,6 @@ def _answer(model: Any, prompts_BT: torch.Tensor, stop: int, *, sample: bool) ->
     found = model.generate(
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
-        min_new_tokens=None,
         max_new_tokens=_NEW_TOKENS,
         eos_token_id=stop,
         pad_token_id=stop,

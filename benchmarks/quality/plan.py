@@ -98,15 +98,18 @@ def chosen_rate(results: Sequence[Result], method: str) -> float | None:
 
 def time_ratio(results: Sequence[Result], method: str) -> float | None:
     """Time of an on-policy step over a step of `method`, medians over the students that ran both."""
-    seconds = {
-        name: {
-            result.cell.seed: result.metrics["step_s"]
-            for result in results
-            if result.cell == _test_cell("clean", 0, result.cell.seed, name, STEPS, result.cell.learning_rate)
-        }
-        for name in (method, _REFERENCE)
-    }
-    both = seconds[method].keys() & seconds[_REFERENCE].keys()
+    own, reference = _step_seconds(results, method), _step_seconds(results, _REFERENCE)
+    both = own.keys() & reference.keys()
     if len(both) < len(SEEDS):
         return None
-    return statistics.median(seconds[_REFERENCE][seed] / seconds[method][seed] for seed in both)
+    return statistics.median(reference[seed] / own[seed] for seed in both)
+
+
+def _step_seconds(results: Sequence[Result], method: str) -> dict[int, float]:
+    """Of each student, with clean labels and the first teacher, at equal steps."""
+    return {
+        result.cell.seed: result.metrics["step_s"]
+        for result in results
+        if (result.cell.method, result.cell.setting, result.cell.teacher) == (method, "clean", 0)
+        and (result.cell.split, result.cell.steps) == ("test", STEPS)
+    }

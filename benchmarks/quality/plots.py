@@ -4,22 +4,22 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-
 from benchmarks.quality.methods import TITLES
 from benchmarks.quality.results import Result
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
     """Exact match of every student, and the reverse KL along its own samples, with clean labels and teacher 0."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
     shown = [result for result in results if (result.cell.setting, result.cell.teacher) == ("clean", 0)]
     methods = [method for method in TITLES if any(result.cell.method == method for result in shown)]
     if not methods:
         return
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 0.35 * len(methods) + 3), layout="constrained")
+    figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 0.35 * len(methods) + 3), layout="constrained")
     for place, method in enumerate(methods):
         runs = [result for result in shown if result.cell.method == method]
         values = [result.after["exact_match"] for result in runs]
@@ -36,4 +36,4 @@ def plot(results: Sequence[Result], path: Path) -> None:
     right.legend(fontsize="small")
     right.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+    pyplot.close(figure)

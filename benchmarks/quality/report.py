@@ -3,12 +3,13 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.quality.methods import TITLES
 from benchmarks.quality.plan import STEPS, chosen_rate
+from benchmarks.quality.plots import plot
 from benchmarks.quality.results import Result
 
 PAGE = Path("docs/RESULTS.md")
@@ -108,7 +109,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             | {name: _mean_and_spread(members, name) for name in _COLUMNS}
             | {name: statistics.median(m.metrics[name] for m in members) for name in ("tokens", "train_s", "step_s")}
         )
-    pairs = [{name: getattr(pair, name) for name in Difference.__dataclass_fields__} for pair in differences(results)]
+    pairs = [asdict(pair) for pair in differences(results)]
     rates = {method: rate for method in TITLES if (rate := chosen_rate(results, method)) is not None}
     return {"runs": len(results), "learning_rates": rates, "methods": rows, "differences": pairs}
 
@@ -129,8 +130,6 @@ def _mean_and_spread(members: Sequence[Result], name: str) -> dict[str, float | 
 
 def write(results: Sequence[Result], folder: Path) -> None:
     """`summary.json` and the plots in `folder`, and the tables into the page."""
-    from benchmarks.quality.plots import plot
-
     numbers = summary(results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from benchmarks.quality import task
 from benchmarks.quality.kept_workers import KeptWorkers
-from benchmarks.quality.measure import Teacher, measure
+from benchmarks.quality.measure import load, measure
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.results import Cell, Result
 from gkd.config import parse_config
+from launch.run_folder import exported_step
 from launch.train import run_training
 
 FOLDER = Path("outputs/quality")
@@ -29,9 +30,9 @@ def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     teacher = _teacher(cell.teacher, console)
     warm = _warm_start(cell, console)
     problems = task.read(FOLDER, cell.split)
-    scorer = Teacher.load(teacher)
+    scorer = load(teacher)
     before = _measured_once(warm, scorer, problems, cell)
-    export = _train(_method_config(cell, warm, teacher), console, kept)
+    export = run_training(parse_config(_method_config(cell, warm, teacher)), console, open_workers=kept.open)
     after = measure(export, scorer, problems, seed=cell.seed)
     metrics = _metrics(export.parent)
     shutil.rmtree(export.parent)  # what is kept of a run is its line
@@ -93,18 +94,15 @@ def _trainer(steps: int, rate: float, *, batch_size: int, warmup_steps: int) -> 
 
 
 def _trained_once(name: str, console: Console, config: dict[str, Any]) -> Path:
-    """The model of a run that is the same for many cells."""
+    """The model of a run that many cells begin with or learn from."""
     folder = FOLDER / name
+    if exported_step(folder) == config["trainer"]["max_steps"]:
+        return folder / "export"  # at once: checking the run's data again takes longer than a short run
     config["run"] |= {"name": name, "output_dir": str(folder)}
-    with KeptWorkers() as nobody:  # these runs have no engine to keep
-        return _train(config, console, nobody)
+    return run_training(parse_config(config), console)
 
 
-def _train(config: dict[str, Any], console: Console, kept: KeptWorkers) -> Path:
-    return run_training(parse_config(config), console, open_workers=kept.open)
-
-
-def _measured_once(warm: Path, teacher: Teacher, problems: list[tuple[str, str]], cell: Cell) -> dict[str, Any]:
+def _measured_once(warm: Path, teacher: Any, problems: list[tuple[str, str]], cell: Cell) -> dict[str, Any]:
     """The warm start under this teacher; kept beside it."""
     path = warm.parent / f"measured-t{cell.teacher}-{cell.split}.json"
     if not path.exists():

@@ -20,8 +20,6 @@ SLIP = 0.06
 
 def prepare(folder: Path) -> None:
     """Everything that no student has of its own: the teachers' data, held-out problems, untrained models."""
-    if (folder / "models").exists():
-        return
     random, seen = generator(0, "quality", "common"), set[str]()
     for name, count in {
         "teacher": TEACHER_PROBLEMS,
