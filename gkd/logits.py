@@ -160,8 +160,13 @@ def hidden_of(logits: Logits, span: slice) -> torch.Tensor | None:
 
 
 def chunk_tokens(num_rows: int, device_type: str) -> int:
-    """How many tokens have logits [t, V] at the same time: as many as both bounds allow, and at least one."""
+    """Tokens of a chunk: as many as both bounds allow, and at least one."""
     return max(1, min(CHUNK_TOKENS[device_type], CHUNK_ELEMENTS[device_type] // max(1, num_rows)))
+
+
+def tokens_at_once(num_tokens: int, num_rows: int, device_type: str) -> int:
+    """How many of T tokens have logits [t, V] at the same time."""
+    return num_tokens if num_tokens * num_rows <= _DIRECT else min(num_tokens, chunk_tokens(num_rows, device_type))
 
 
 def map_chunks(
@@ -181,8 +186,8 @@ def map_chunks(
     Returns:
         For each tensor of the function, [T, ...].
     """
-    size = chunk_tokens(num_rows, device.type)
-    if num_tokens <= size or num_tokens * num_rows <= _DIRECT:
+    size = tokens_at_once(num_tokens, num_rows, device.type)
+    if size == num_tokens:
         return function(slice(0, num_tokens))
     spans = [slice(first, min(first + size, num_tokens)) for first in range(0, num_tokens, size)]
     parts = [checkpoint(function, span, use_reentrant=False, preserve_rng_state=False) for span in spans]

@@ -19,6 +19,11 @@ BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**24}
 thread, large ones let several threads meet less often: beside other busy processes every meeting is a wait."""
 
 
+def block_tokens(num_rows: int, device_type: str) -> int:
+    """Tokens of a block."""
+    return max(1, BLOCK_ELEMENTS[device_type] // max(1, num_rows))
+
+
 @dataclass(frozen=True, slots=True)
 class Rows:
     """The distributions of a block's tokens."""
@@ -118,7 +123,7 @@ class _Value(Function):
 def _blocks(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> Iterator[tuple[slice, Rows, Rows]]:
     num_tokens, num_rows = student_logits_TV.shape
     dtype = _wide(student_logits_TV)
-    size = max(1, BLOCK_ELEMENTS[student_logits_TV.device.type] // max(1, num_rows))
+    size = block_tokens(num_rows, student_logits_TV.device.type)
     for first in range(0, num_tokens, size):
         span = slice(first, first + size)
         yield span, Rows.of(student_logits_TV[span], dtype), Rows.of(teacher_logits_TV[span], dtype)
