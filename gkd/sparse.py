@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gkd.logits import CHUNK_TOKENS, Logits, raised
+from gkd.logits import Logits, chunk_tokens, raised
 from gkd.signals import SampledLogprobs, TopK
 
 
@@ -55,7 +55,7 @@ def _chunks(
     logits: Logits, response_ids_T: torch.Tensor, temperature: float, student_ids_TM: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Log-probabilities [t, V] with what belongs to their tokens; at least one chunk, if an empty one."""
-    size = CHUNK_TOKENS[logits.device.type]
+    size = chunk_tokens(logits.num_rows, logits.device.type)
     for first in range(0, max(logits.num_tokens, 1), size):
         span = slice(first, min(first + size, logits.num_tokens))
         log_p_tV = (raised(logits.rows(span)) / temperature).log_softmax(-1)

@@ -12,9 +12,10 @@ from math import ceil
 from pathlib import Path
 
 from gkd.config import Config
-from gkd.config.divergence import ForwardKl, ReverseKl
+from gkd.config.divergence import CustomDivergence
 from gkd.config.models import TeacherConfig
 from gkd.config.objective import MomentMatchingObjective, SftObjective, terms_of_type
+from gkd.divergences.closed_form import block_tokens
 from gkd.logits import tokens_at_once
 from gkd.signals import SignalKind
 from launch.architecture import Architecture
@@ -96,7 +97,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - optimizer: 8 n for AdamW's two moments, over R with ZeRO 1-3
     - master weights: 4 n, over R likewise. ZeRO keeps them even where the weights are float32 already
     - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
-    - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time
+    - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time, and
+      those of a block of which a divergence is made
     - moving average: 4 n, and n w beside it where w is not 4, whole on every rank
     - critics: 16 bytes a parameter (float32, its gradient, AdamW's moments), whole on every rank
     - weight buckets: one gathered and one packed
@@ -122,8 +124,9 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
         parts["activations"] = student.num_layers * positions * student.hidden_size * width + per_layer
     else:
         parts["activations"] = student.num_layers * per_layer
-    at_once = tokens_at_once(responses, sizes.rows, "cuda" if on_gpu else "cpu")
-    parts["logits"] = 4 * at_once * sizes.rows * _logit_tensors(config)
+    device_type = "cuda" if on_gpu else "cpu"
+    at_once = tokens_at_once(responses, sizes.rows, device_type)
+    parts["logits"] = 4 * sizes.rows * _logit_rows(config, at_once, block_tokens(sizes.rows, device_type))
     if config.needs_teacher and any(teacher.backend == "student_ema" for teacher in config.all_teachers):
         parts["moving average"] = trained * (4 if trainer.dtype == "float32" else 4 + width)
     matching = terms_of_type(config.objective, MomentMatchingObjective)
@@ -152,12 +155,14 @@ def _activations(model: Architecture, positions: int, width: int) -> int:
     return positions * (16 * model.hidden_size + 4 * model.intermediate_size) * width
 
 
-def _logit_tensors(config: Config) -> int:
-    """Float32 [t, V] tensors at the peak of objective and backward pass, both models' logits included; measured."""
+def _logit_rows(config: Config, tokens: int, of_block: int) -> int:
+    """Float32 rows [V] at the peak of objective and backward pass, both models' logits included; measured."""
     if isinstance(config.objective, SftObjective):
-        return 5
+        return 5 * tokens
     divergence = getattr(config.objective, "divergence", None)
-    return 10 if isinstance(divergence, ForwardKl | ReverseKl) else 15
+    if divergence is None or isinstance(divergence, CustomDivergence):
+        return 15 * tokens
+    return 6 * tokens + 8 * min(tokens, of_block)
 
 
 def _critic_parameters(objective: MomentMatchingObjective, sizes: Sizes) -> int:
