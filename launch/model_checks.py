@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from gkd.config import Config
-from gkd.config.objective import Reserved
 from gkd.errors import UserError
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
 from launch.architecture import Architecture, read_architecture
@@ -27,7 +26,7 @@ def read_student(config: Config) -> ModelFacts:
 
 
 def read_teachers(config: Config) -> list[ModelFacts]:
-    """All teachers, where they are models of their own; else none.
+    """All teachers, where they are of use and models of their own; else none.
 
     Raises:
         UserError: if one cannot be read.
@@ -36,10 +35,10 @@ def read_teachers(config: Config) -> list[ModelFacts]:
 
 
 def teacher_models(config: Config) -> list[tuple[str, str]]:
-    """Config field and model of the teachers that workers run."""
+    """Config field and model of the teachers that workers run, to score or to write."""
     pairs = zip(config.teacher_fields, config.all_teachers, strict=True)
     models = [(f"{field}.model", teacher.model) for field, teacher in pairs if teacher.model is not None]
-    return models if config.needs_teacher_workers else []
+    return models if config.needs_teacher_workers or config.teacher_writes else []
 
 
 def shared_vocabulary(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> int:
@@ -84,7 +83,6 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
         )
     lora = config.student.lora
     adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     note = self_test(student.path, config.objective, field="student.model")
     return architecture, adapter, [note] if note else []
 

@@ -96,7 +96,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         check_ids(config, data, student, teachers, num_tokens, section="train")
         notes += [warning for warning in data_warnings(config, student, teachers, data, records) if warning]
         longest_prompt, longest_scored = data.longest_prompt, data.longest_scored_prompt
-    rows = shared_head_rows(student, teachers, num_tokens)
+    rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
         teachers=teacher_architectures,
