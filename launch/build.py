@@ -280,7 +280,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         dtype=config.trainer.dtype,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         adapter=None if lora is None else AdapterShape(r=lora.r, alpha=lora.alpha),
-        vocabulary=facts.num_tokens,
+        vocabulary=facts.rows,
         stop_ids=facts.stop_ids,
         logprobs=facts.record_logprobs,
         top_ids=student_top_k(config, facts),

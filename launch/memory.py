@@ -80,7 +80,8 @@ def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
         parts = _rollout(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
     for worker, teacher, scorer in zip(teacher_workers(config), config.all_teachers, _scorers(sizes), strict=False):
-        needs.append(Need(worker=worker, num=teacher.num_actors, parts=_teacher(config, teacher, scorer, sizes)))
+        parts = _teacher(config, teacher, scorer, sizes, on_gpu=on_gpu)
+        needs.append(Need(worker=worker, num=teacher.num_actors, parts=parts))
     if config.teacher_writes and sizes.teachers:
         [teacher], parts = config.all_teachers, _writer(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="teacher_rollout", num=teacher.num_actors, parts=parts))
@@ -215,17 +216,21 @@ def _scorers(sizes: Sizes) -> list[Scorer]:
     return list(zip(sizes.teachers, sizes.signals, strict=False))
 
 
-def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> dict[str, int]:
-    """One worker of a teacher.
+def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """One worker of a teacher, or one GPU of one on vLLM.
 
-    - weights: P w
+    - weights: P w, over the GPUs
+    - key-value cache: of vLLM alone. As configured on a CPU host, else what the largest batch needs, over the GPUs
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
     - signals: of T tokens, twice: as computed and as sent
     """
-    width = _BYTES[teacher.dtype]
+    width, gpus = _BYTES[teacher.dtype], teacher.tensor_parallel_size
     positions, responses = _scoring_batch(config, teacher, sizes)
-    return {
-        "weights": scorer[0].num_parameters * width,
+    parts = {"weights": scorer[0].num_parameters * width // gpus}
+    if teacher.on_vllm:
+        needed = positions * scorer[0].cache_numbers_per_token * width // gpus
+        parts["key-value cache"] = needed if on_gpu else int(teacher.kv_cache_gib * GIB)
+    return parts | {
         "activations": _activations(scorer[0], positions, width),
         "signals": 2 * responses * _signal_bytes(teacher, scorer, sizes),
     }

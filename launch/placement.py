@@ -41,10 +41,11 @@ def needed_places(config: Config) -> list[Place]:
     workers = ["trainer"] * config.trainer.num_ranks
     if config.needs_engine:
         workers += ["rollout"] * config.rollout.num_actors
+    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
     if config.needs_teacher_workers:
         for name, teacher in zip(teacher_workers(config), config.all_teachers, strict=True):
             workers += [name] * teacher.num_actors
-    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
+            gpus[name] = teacher.tensor_parallel_size if teacher.on_vllm else 1
     if config.teacher_writes:
         [teacher] = config.all_teachers
         workers += ["teacher_rollout"] * teacher.num_actors

@@ -17,8 +17,8 @@ from launch.data import (
 )
 from launch.memory import Sizes, estimate, memory_warning
 from launch.model_checks import (
-    check_head_dim,
     check_student,
+    check_teacher_engines,
     host_has_gpu,
     read_student,
     read_teachers,
@@ -32,7 +32,7 @@ from launch.outputs import check_folder
 from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
-from launch.signal_choice import check_signal, choose_signals
+from launch.signal_choice import check_signal, choose_signals, signal_notes
 from rollout.records import Record, fingerprint
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
@@ -52,9 +52,9 @@ class Facts:
     held_out: TokenizedData | None
     """The held-out records that evaluation uses, where the run is evaluated; their indices are those of the records."""
     num_tokens: int
-    """Ids below this mean a token, the same to student and teachers; no others are sampled."""
+    """Ids below this mean a token, the same to student and teachers."""
     rows: int
-    """Vocabulary rows in the loss."""
+    """Vocabulary rows in the loss; no other ids are sampled, for whoever reads them need not have them."""
     stop_ids: tuple[int, ...]
     """Tokens that end a rollout."""
     answered: tuple[TokenizedRecord, ...]
@@ -89,8 +89,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     student, teachers = read_student(config), read_teachers(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
-    if config.teacher_writes and this_host:
-        check_head_dim(teachers[0], field="teacher.model")
+    check_teacher_engines(config, teachers, this_host=this_host)
 
     data = tokenize_training(config, records, student, teachers)
     check_ids(config, data, student, teachers, num_tokens, section="train")
@@ -122,6 +121,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         *data_warnings(config, student, teachers, data, records),
         *_warnings(config, student, teachers),
         *objective_notes(config),
+        *signal_notes(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
     return Facts(

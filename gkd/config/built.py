@@ -19,10 +19,7 @@ def refuse_unbuilt(config: Config) -> None:
         ("stages", config.stages, bool(config.stages), "Run one config after the other."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
-        unbuilt += [
-            (f"{at}.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
-            (f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
-        ]
+        unbuilt.append((f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."))
     for field, value, refused, cure in unbuilt:
         if refused:
             raise NotBuiltYet(field, value, cure)

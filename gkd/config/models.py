@@ -47,7 +47,8 @@ class TeacherConfig(Section):
     model: str | None = None
     """Folder or hub name, in Hugging Face format. Not needed where the teacher is the student itself."""
     backend: Literal["hf", "vllm", "student_base", "student_ema"] = "hf"
-    """What runs it: transformers; vLLM; or the trainer itself, the teacher being made of the student's weights.
+    """What runs it: transformers; vLLM, which can spread it over several GPUs, and sends `top_k` or `sampled_logprobs`
+    alone; or the trainer itself, the teacher being made of the student's weights.
     `student_base` is its base with the LoRA adapter off (self-distillation from one copy of the weights); `student_ema`
     the exponential moving average of all weights that it trains."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -57,7 +58,7 @@ class TeacherConfig(Section):
     """Form in which its judgement travels. `full_logits` and `hidden_states` (to which the trainer applies the
     teacher's head) are exact over the whole vocabulary; `top_k` is exact for some tokens, and holds all others in one
     bucket; `sampled_logprobs` knows the response's own tokens alone. auto: the smallest that loses nothing of what the
-    objective compares."""
+    objective compares, or the least lossy of what the backend can send."""
     top_k: Count = 64
     """Of the signal top_k: how many of the teacher's most probable tokens."""
     student_top_k: NonNegativeInt = 16
@@ -74,13 +75,14 @@ class TeacherConfig(Section):
     generation_temperature: NonNegative = 1.0
     """Where the teacher writes the responses (objective seq_kd): its sampling temperature; 0 is greedy."""
     tensor_parallel_size: Count = 1
-    """Where vLLM runs the teacher (objective seq_kd): GPUs per engine."""
+    """Where vLLM runs the teacher (the backend vllm, or the objective seq_kd): GPUs per engine."""
     max_concurrent: Count = 256
     """Likewise: most sequences in an engine at once."""
     kv_cache_gib: Positive = 1.0
     """Likewise: memory for an engine's key-value cache on CPU hosts, GiB."""
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
-    """Likewise: share of a GPU's memory that an engine takes on GPU hosts."""
+    """Likewise: share of a GPU's memory that an engine takes on GPU hosts. A teacher that scores needs the rest for the
+    logits of 1,024 tokens, several times over."""
 
     @model_validator(mode="after")
     def has_a_model(self) -> "TeacherConfig":
@@ -100,8 +102,13 @@ class TeacherConfig(Section):
 
     def without_use(self, *, writes: bool) -> list[str]:
         """Settings that were changed and have no effect; `writes`: whether the teacher writes the responses."""
-        idle = () if writes else ("generation_temperature", *_OF_ENGINES)
+        idle = (() if writes else ("generation_temperature",)) + (() if writes or self.on_vllm else _OF_ENGINES)
         return [name for name in idle if getattr(self, name) != TeacherConfig.model_fields[name].default]
+
+    @property
+    def on_vllm(self) -> bool:
+        """Whether vLLM runs it to score."""
+        return self.backend == "vllm"
 
     @property
     def has_workers(self) -> bool:

@@ -125,8 +125,8 @@ class Config(Section):
         for field, teacher in zip(self.teacher_fields, self.all_teachers, strict=True):
             for name in teacher.without_use(writes=self.teacher_writes):
                 raise ValueError(
-                    f"{field}.{name} = {getattr(teacher, name)}: has no effect, since no vLLM engine runs this "
-                    "teacher: remove it"
+                    f"{field}.{name} = {getattr(teacher, name)}: has no effect here (it is of the objective seq_kd, "
+                    "or of the backend vllm): remove it"
                 )
             if teacher.backend == "student_base" and self.student.lora is None:
                 raise ValueError(

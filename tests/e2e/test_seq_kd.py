@@ -3,41 +3,7 @@
 import pytest
 import torch
 from engines import greedy_in_transformers
-from runs import STEPS, losses, run_and_resume
-from tiny import ALPHABET, EOS
-
-from gkd.types import SampleId
-
-LETTERS = {letter: i + 2 for i, letter in enumerate(ALPHABET)}
-
-
-def written(folder, ledger, step):
-    """(prompt, response) of every sample of a step, read from the text of the run, whose stop token shows not."""
-    lines = [line for line in ledger if line["step"] == step]
-    blocks = (folder / "rollouts" / f"step_{step}.txt").read_text().split("\n\n")
-    pairs = []
-    for line, block in zip(lines, blocks, strict=True):
-        header, prompt, response = block.strip("\n").split("\n")
-        sample = SampleId(line["epoch"], line["prompt_index"], line["sample_index"])
-        assert f"epoch {sample.epoch}, prompt {sample.prompt_index}, sample {sample.sample_index}: teacher" in header
-        response = response.removeprefix(">>> ").replace("<eos>", "").replace("<pad>", "?")
-        ids = [LETTERS.get(letter, 0) for letter in response] + [EOS] * (line["stop_reason"] == "stop")
-        assert len(ids) == line["tokens"]
-        pairs.append(([LETTERS[letter] for letter in prompt], ids))
-    return pairs
-
-
-@torch.no_grad()
-def mean_nll(model, pairs):
-    """Per response token, by transformers."""
-    from transformers import AutoModelForCausalLM
-
-    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-    found = []
-    for prompt, response in pairs:
-        logprobs = loaded(input_ids=torch.tensor([prompt + response])).logits[0].log_softmax(-1)
-        found += [-logprobs[len(prompt) - 1 + t, token].item() for t, token in enumerate(response)]
-    return sum(found) / len(found)
+from runs import STEPS, losses, response_logits, run_and_resume, written
 
 
 def test_the_student_learns_the_very_tokens_of_the_teacher(train, models):
@@ -52,10 +18,12 @@ def test_the_student_learns_the_very_tokens_of_the_teacher(train, models):
     }
     metrics, ledger, folder = train("likelihood", changes, student=student, teacher=teacher)
     for step in (1, 2):
-        pairs = written(folder, ledger, step)
+        pairs = written(folder, ledger, step, source="teacher")
         assert [response for _, response in pairs] == greedy_in_transformers(teacher, [prompt for prompt, _ in pairs])
         if step == 1:
-            assert losses(metrics)[0] == pytest.approx(mean_nll(student, pairs), rel=1e-4)
+            ids_T = torch.tensor([token for _, response in pairs for token in response])
+            nll = torch.nn.functional.cross_entropy(response_logits(student, pairs), ids_T)
+            assert losses(metrics)[0] == pytest.approx(nll.item(), rel=1e-4)
     assert {(line["source"], line["versions"]) for line in ledger} == {("teacher", None)}
     for line in metrics:
         assert line["source/on_policy"] == line["staleness/max"] == line["teacher/signal_bytes"] == 0

@@ -61,7 +61,7 @@ BAD = [
         "teacher.generation_temperature",
         "remove it",
     ),
-    (["objective={type: sft}", "teacher.kv_cache_gib=4"], "teacher.kv_cache_gib", "no vLLM engine runs this teacher"),
+    (["objective={type: sft}", "teacher.kv_cache_gib=4"], "teacher.kv_cache_gib", "or of the backend vllm"),
 ]
 
 
