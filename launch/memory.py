@@ -224,7 +224,7 @@ def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Size
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
     - signals: of T tokens, twice: as computed and as sent
     """
-    width, gpus = _BYTES[teacher.dtype], teacher.tensor_parallel_size
+    width, gpus = _BYTES[teacher.dtype], teacher.tensor_parallel_size if teacher.on_vllm else 1
     positions, responses = _scoring_batch(config, teacher, sizes)
     parts = {"weights": scorer[0].num_parameters * width // gpus}
     if teacher.on_vllm:

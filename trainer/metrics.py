@@ -25,7 +25,8 @@ def step_metrics(
     written = [rollout for rollout in batch.rollouts if rollout.source != "dataset"]
     generated = sum(len(rollout.response_ids) for rollout in written)
     ages = [batch.step - 1 - rollout.versions[0] for rollout in written if rollout.versions]
-    prompt_tokens = sum(len(rollout.prompt_ids) for rollout in written)
+    read = [rollout.scored_prompt_ids if rollout.source == "teacher" else rollout.prompt_ids for rollout in written]
+    prompt_tokens = sum(map(len, read))
     cached_tokens = sum(rollout.num_cached_tokens for rollout in written)
     stopped = sum(rollout.stop_reason == "stop" for rollout in written)
     return {

@@ -26,19 +26,24 @@ def test_the_loss_is_the_divergence_to_the_teacher(train, models):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("objective", "own"),
+    ("objective", "own", "engine"),
     [
-        ({"type": "sampled_kl", "temperature": 0.7}, {}),
-        ({"type": "distill", "divergence": {"type": "reverse_kl"}}, {"signal": "top_k", "top_k": 3}),
+        ({"type": "sampled_kl", "temperature": 0.7}, {}, {}),
+        (
+            {"type": "distill", "divergence": {"type": "reverse_kl"}},
+            {"signal": "top_k", "top_k": 3},
+            {"tensor_parallel_size": 2},
+        ),
     ],
-    ids=["sampled_logprobs", "top_k"],
+    ids=["sampled_logprobs", "top_k_of_two_workers"],
 )
-def test_both_backends_teach_the_same(train, objective, own):
-    """Over several steps, and for a top k with a tail, the dataset's text too, which needs no engine of the student."""
+def test_both_backends_teach_the_same(train, objective, own, engine):
+    """Over several steps; the top k has a tail, is of the dataset's text too, and made by an engine in two parts."""
     changes = {"objective": objective} | {f"teacher.{key}": value for key, value in own.items()}
     if objective["type"] == "distill":
         changes |= {"data.on_policy_fraction": 0.5, "data.mixing": "per_sample"}
     on_hf, _, _ = train("hf", changes)
-    on_vllm, _, _ = train("vllm", changes | {"teacher.backend": "vllm", "teacher.kv_cache_gib": 0.1})
+    engine = {"backend": "vllm", "kv_cache_gib": 0.1} | engine
+    on_vllm, _, _ = train("vllm", changes | {f"teacher.{key}": value for key, value in engine.items()})
     assert losses(on_vllm) == pytest.approx(losses(on_hf), abs=2e-4)
     assert [m["teacher/signal_bytes"] for m in on_vllm] == [m["teacher/signal_bytes"] for m in on_hf]

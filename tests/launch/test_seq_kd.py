@@ -101,6 +101,10 @@ def test_its_memory(setup):
     on_cpu = {need.worker: need.parts for need in estimate(config, facts.sizes, on_gpu=False)}
     assert on_cpu["teacher_rollout"]["key-value cache"] == 2**29
     assert "teacher" not in on_cpu and "rollout" not in on_cpu
+    # One that scores as well does so on transformers, in one piece.
+    both = parse_config(tree_of(setup, teacher={"tensor_parallel_size": 2}, objective=DIVERGENCE))
+    needs = {need.worker: need.parts for need in estimate(both, check(both).sizes, on_gpu=True)}
+    assert needs["teacher"]["weights"] == 2 * needs["teacher_rollout"]["weights"] == teacher.num_parameters * 4
 
 
 def test_what_a_check_shows(setup, capsys):
