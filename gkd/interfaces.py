@@ -72,7 +72,7 @@ class ScoredBatch:
     signals: tuple[SignalRef | None, ...]
     """One handle per group; None where no teacher is asked."""
     rollout_s: float
-    """From dispatch to the last rollout; 0 where the student wrote none."""
+    """From dispatch to the last rollout; 0 where no engine wrote any."""
     teacher_s: float
     """Working time of the teacher on these groups."""
     rollout_wait_s: float
@@ -104,7 +104,7 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class Rollouts(Protocol):
-    """The rollout engines, as the pipeline sees them."""
+    """The engines that write responses, as the pipeline sees them."""
 
     def connect(self, post: Post, deliver: Callable[[Rollout], None]) -> None:
         """Say where finished rollouts go: `deliver` is called through `post`, once for each."""

@@ -8,14 +8,14 @@ import ray
 
 from gkd.advantages import advantages
 from gkd.config import Config
-from gkd.config.objective import BuiltObjective, Reserved, RlGkdObjective, terms_of_type
-from gkd.interfaces import Scores
+from gkd.config.objective import RlGkdObjective, terms_of_type
+from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
 from gkd.types import Prompt, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
-from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, student_top_k
+from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
 from launch.wire import wire_between
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
@@ -23,6 +23,7 @@ from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
 from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
+from rollout.teacher_text import TeacherText
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
 from rollout.weights.choice import Wire
@@ -73,6 +74,7 @@ def build_parts(
         if config.needs_engine
         else []
     )
+    writers = start_writers(config, facts, workers)
     rewards = _rewards(config, facts, workers)
     timeout_s = config.rollout.timeout_s
     workers.wait_ready(timeout_s)
@@ -80,7 +82,7 @@ def build_parts(
     learner = Learner(
         ranks,
         tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
-        reduction=_objective(config).reduction,
+        reduction=config.objective.reduction,
         advantages=_advantages(config),
         timeout_s=timeout_s,
     )
@@ -94,7 +96,7 @@ def build_parts(
     return Parts(
         pipeline=Pipeline(
             _mixer(config, facts),
-            rollout_pool if config.needs_rollouts else NoRollouts(),
+            _responses(config, rollout_pool, writers),
             scores or NoTeacher(),
             rewards,
             first_step=start.completed_steps + 1,
@@ -115,6 +117,14 @@ def build_parts(
         ),
         report=report,
     )
+
+
+def _responses(config: Config, students: RolloutPool, writers: Sequence[Any]) -> Rollouts:
+    """Who writes the samples that are not the dataset's."""
+    if config.teacher_writes:
+        [teacher], timeout_s = config.all_teachers, config.rollout.timeout_s
+        return TeacherText(RolloutPool(writers, max_concurrent=teacher.max_concurrent, timeout_s=timeout_s))
+    return students if config.needs_rollouts else NoRollouts()
 
 
 def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoRewards:
@@ -186,10 +196,10 @@ def _evaluator(
             engines,
             scores,
             learner,
-            divergence=_objective(config).evaluated_divergence,
+            divergence=config.objective.evaluated_divergence,
             temperature=config.rollout.temperature,
             # Sparse signals cannot be brought to another temperature than the loss's.
-            loss_temperature=_objective(config).temperature if SPARSE.intersection(facts.sizes.signals) else 1.0,
+            loss_temperature=config.objective.temperature if SPARSE.intersection(facts.sizes.signals) else 1.0,
             limits=scoring_limits(config),
         )
         measures.append(divergence)
@@ -239,13 +249,14 @@ def _mixer(config: Config, facts: Facts) -> Mixer:
         PromptStream(
             facts.data.records,
             seed=config.run.seed,
-            # Only what the student writes differs between the samples of a prompt.
-            samples_per_prompt=config.rollout.samples_per_prompt if config.needs_rollouts else 1,
+            # Only what an engine writes differs between the samples of a prompt.
+            samples_per_prompt=config.rollout.samples_per_prompt if config.generates else 1,
             weights=config.data.weights,
         ),
         seed=config.run.seed,
         batch_size=config.trainer.batch_size,
-        on_policy_fraction=config.on_policy_fraction,
+        # A teacher that writes does so in the student's place.
+        on_policy_fraction=1.0 if config.teacher_writes else config.on_policy_fraction,
         mixing=config.data.mixing,
         max_new_tokens=config.rollout.max_new_tokens,
         limits=scoring_limits(config),
@@ -269,7 +280,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         dtype=config.trainer.dtype,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         adapter=None if lora is None else AdapterShape(r=lora.r, alpha=lora.alpha),
-        vocabulary=facts.num_tokens,
+        vocabulary=facts.rows,
         stop_ids=facts.stop_ids,
         logprobs=facts.record_logprobs,
         top_ids=student_top_k(config, facts),
@@ -289,11 +300,6 @@ def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeo
     ray.get([*joining, rank_0.connect_wire.remote()], timeout=timeout_s)
 
 
-def _objective(config: Config) -> BuiltObjective:
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
-    return config.objective
-
-
 def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettings:
     trainer = config.trainer
     assert config.student.init != "truncate", "refused when the config was loaded"
@@ -306,7 +312,7 @@ def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettin
         lora=lora_settings(config),
         gradient_checkpointing=trainer.gradient_checkpointing,
         rows=facts.rows,
-        objective=_objective(config),
+        objective=config.objective,
         base_is_teacher=any(teacher.backend == "student_base" for teacher in config.all_teachers),
         ema_decay=ema_decay(config),
         learning_rate=trainer.learning_rate,

@@ -80,7 +80,7 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
 
 def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:
     """A line for each teacher."""
-    if not config.needs_teacher:
+    if not config.uses_teacher:
         return ["none"]
     lines = [_OF_THE_STUDENT.get(teacher.backend, teacher.model) for teacher in config.all_teachers]
     if found:

@@ -51,7 +51,7 @@ def _read(config: Config, section: Literal["train", "eval"], *, need_completions
 
 def teacher_keys(config: Config) -> TeacherKeys:
     """What is read of the records for teachers."""
-    return TeacherKeys(prompts=config.needs_teacher, routes=config.routes)
+    return TeacherKeys(prompts=config.uses_teacher, routes=config.routes)
 
 
 def path_field(section: str, number: int, sources: Sequence[DataSource]) -> str:
@@ -70,8 +70,8 @@ def tokenize_training(
     data = tokenize(
         records,
         _encoder(config, student),
-        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.needs_rollouts else 1),
-        student_prompts=config.needs_rollouts,
+        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.generates else 1),
+        student_prompts=config.generates,
         completions=config.needs_completions,
     )
     missing = set(range(len(config.data.train))) - {record.source for record in data.records}
@@ -145,7 +145,7 @@ def _teacher_room(
 ) -> TeacherRoom | None:
     """A teacher that is the student has the student's context."""
     context = min((teacher.context for teacher in teachers), default=student.context)
-    return TeacherRoom(context=context, response=response) if config.needs_teacher else None
+    return TeacherRoom(context=context, response=response) if config.uses_teacher else None
 
 
 def check_ids(

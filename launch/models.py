@@ -25,6 +25,8 @@ class ModelFacts:
     """Tokens that end a response, from the tokenizer, the config and the generation config."""
     tokenizer: Any
     """Its tokenizer."""
+    num_heads: int | None = None
+    """Attention heads, over which tensor parallelism spreads it; None for architectures without attention."""
 
 
 def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
@@ -71,6 +73,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         head_dim=head_width(text),
         stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < tokenizer_size(tokenizer)),
         tokenizer=tokenizer,
+        num_heads=getattr(text, "num_attention_heads", None),
     )
 
 

@@ -12,6 +12,7 @@ from launch.data import check_ids, path_field, teacher_keys, tokenize_training
 from launch.memory import Sizes
 from launch.model_checks import (
     check_student,
+    check_teacher_engines,
     read_student,
     read_teachers,
     shared_head_rows,
@@ -89,6 +90,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
     student = read_student(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
+    check_teacher_engines(config, teachers, this_host=False)
     # Without the data, prompts are taken to be as long as they may be, or else as responses.
     longest_prompt = longest_scored = config.data.max_prompt_tokens or config.rollout.max_new_tokens
     if not any(field.startswith("data.train") for field in absent):
@@ -96,7 +98,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         check_ids(config, data, student, teachers, num_tokens, section="train")
         notes += [warning for warning in data_warnings(config, student, teachers, data, records) if warning]
         longest_prompt, longest_scored = data.longest_prompt, data.longest_scored_prompt
-    rows = shared_head_rows(student, teachers, num_tokens)
+    rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
         teachers=teacher_architectures,

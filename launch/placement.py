@@ -13,7 +13,8 @@ class Place:
     """One worker's share of the machine."""
 
     worker: str
-    """`rollout`, `teacher`, `trainer` or `reward`; of several teachers with the teacher's name after it."""
+    """`rollout`, `teacher`, `teacher_rollout` (a teacher that writes), `trainer` or `reward`; of several teachers with
+    the teacher's name after it."""
     num_cpus: float
     """CPU share that Ray books for it."""
     num_gpus: float
@@ -40,12 +41,17 @@ def needed_places(config: Config) -> list[Place]:
     workers = ["trainer"] * config.trainer.num_ranks
     if config.needs_engine:
         workers += ["rollout"] * config.rollout.num_actors
+    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
     if config.needs_teacher_workers:
         for name, teacher in zip(teacher_workers(config), config.all_teachers, strict=True):
             workers += [name] * teacher.num_actors
+            gpus[name] = teacher.tensor_parallel_size if teacher.on_vllm else 1
+    if config.teacher_writes:
+        [teacher] = config.all_teachers
+        workers += ["teacher_rollout"] * teacher.num_actors
+        gpus["teacher_rollout"] = teacher.tensor_parallel_size
     if config.reward is not None:
         workers.append("reward")
-    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
     return [Place(worker, 1, gpus.get(worker, 1)) for worker in workers]
 
 

@@ -18,6 +18,7 @@ from launch.data import (
 from launch.memory import Sizes, estimate, memory_warning
 from launch.model_checks import (
     check_student,
+    check_teacher_engines,
     host_has_gpu,
     read_student,
     read_teachers,
@@ -31,7 +32,7 @@ from launch.outputs import check_folder
 from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
-from launch.signal_choice import check_signal, choose_signals
+from launch.signal_choice import check_signal, choose_signals, signal_notes
 from rollout.records import Record, fingerprint
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
@@ -43,7 +44,7 @@ class Facts:
     student: ModelFacts
     """The student."""
     teachers: tuple[ModelFacts, ...]
-    """All teachers, where they are models of their own; else none."""
+    """All teachers, where they are of use and models of their own; else none."""
     data: TokenizedData
     """Training records."""
     eval_records: list[Record]
@@ -51,9 +52,9 @@ class Facts:
     held_out: TokenizedData | None
     """The held-out records that evaluation uses, where the run is evaluated; their indices are those of the records."""
     num_tokens: int
-    """Ids below this mean a token, the same to student and teachers; no others are sampled."""
+    """Ids below this mean a token, the same to student and teachers."""
     rows: int
-    """Vocabulary rows in the loss."""
+    """Vocabulary rows in the loss; no other ids are sampled, for whoever reads them need not have them."""
     stop_ids: tuple[int, ...]
     """Tokens that end a rollout."""
     answered: tuple[TokenizedRecord, ...]
@@ -88,6 +89,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     student, teachers = read_student(config), read_teachers(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
+    check_teacher_engines(config, teachers, this_host=this_host)
 
     data = tokenize_training(config, records, student, teachers)
     check_ids(config, data, student, teachers, num_tokens, section="train")
@@ -99,10 +101,10 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
         _check_answers(config, [eval_records[record.index].answer for record in held_out.records])
     answered = (*(data.records if config.needs_rollouts else ()), *(held_out.records if held_out else ()))
-    response_room = config.rollout.max_new_tokens if config.needs_engine else 0
+    response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
     longest_scored = max(data.longest_scored_prompt, held_out.longest_scored_prompt if held_out else 0)
-    rows = shared_head_rows(student, teachers, num_tokens)
+    rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
     sizes = Sizes(
         student=architecture,
@@ -119,6 +121,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         *data_warnings(config, student, teachers, data, records),
         *_warnings(config, student, teachers),
         *objective_notes(config),
+        *signal_notes(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
     return Facts(
@@ -131,7 +134,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         rows=rows,
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
-        max_model_len=max((len(record.prompt_ids) for record in answered), default=0) + response_room,
+        max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
         data_fingerprint=fingerprint(records),
         sizes=sizes,
         references=tuple(record.answer for record in records),
@@ -171,7 +174,7 @@ def data_warnings(
     config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], data: TokenizedData, records: Sequence[Record]
 ) -> list[str | None]:
     """What is worth knowing of the data; None where there is nothing."""
-    used = len(data.records) * (config.rollout.samples_per_prompt if config.needs_rollouts else 1)
+    used = len(data.records) * (config.rollout.samples_per_prompt if config.generates else 1)
     repeated = f"trainer.batch_size = {config.trainer.batch_size}: a step uses some records several times"
     return [
         overlong_warning(config, data),
@@ -183,17 +186,19 @@ def data_warnings(
 
 def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> list[str]:
     found: list[str] = []
+    if config.teacher_writes and not (student.stop_ids | teachers[0].stop_ids):
+        found.append("neither model has a stop token: every response will be cut at rollout.max_new_tokens")
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
+    ends = "what the teacher writes ends at either" if config.teacher_writes else "rollouts end at the student's"
     for name, teacher in zip(teacher_workers(config), teachers, strict=False):
         if teacher.stop_ids != student.stop_ids:
             found.append(
-                f"stop tokens differ: student {sorted(student.stop_ids)}, {name} {sorted(teacher.stop_ids)}; "
-                "rollouts end at the student's"
+                f"stop tokens differ: student {sorted(student.stop_ids)}, {name} {sorted(teacher.stop_ids)}; {ends}"
             )
     if config.needs_rollouts and config.rollout.temperature < 0.5:
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
-    if config.all_teachers and not config.needs_teacher:
+    if config.all_teachers and not config.uses_teacher:
         found.append(f"the {config.objective.type} objective has no use for a teacher: it is not loaded")
     return found
 

@@ -167,7 +167,7 @@ class Pipeline:
         step = self._step_of.pop(rollout.id)
         assembly = self._assemblies[step]
         assembly.rollouts[rollout.id] = rollout
-        if rollout.source == "student":
+        if rollout.source != "dataset":
             assembly.rollout_s = time.perf_counter() - assembly.started
         group = assembly.group_of[rollout.id]
         assembly.missing[group] -= 1

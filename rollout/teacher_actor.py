@@ -14,6 +14,7 @@ from gkd.signals import TeacherSignal
 from gkd.types import Rollout
 from rollout.hf_teacher import HfTeacher, TeacherSettings
 from rollout.idle import IdleClock
+from rollout.vllm_teacher import VllmTeacher, VllmTeacherSettings
 
 _GROUPS_AHEAD = 2
 """Groups queued at an actor: it goes on while the driver handles the group before."""
@@ -21,17 +22,18 @@ _GROUPS_AHEAD = 2
 
 @ray.remote
 class TeacherActor:
-    """Holds one teacher model."""
+    """Holds one teacher model. One on transformers never imports vllm, which would break the models built after it."""
 
-    def __init__(self, settings: TeacherSettings) -> None:
-        self._teacher = HfTeacher(settings)
+    def __init__(self, settings: TeacherSettings | VllmTeacherSettings) -> None:
+        self._teacher = VllmTeacher(settings) if isinstance(settings, VllmTeacherSettings) else HfTeacher(settings)
 
     def ready(self) -> bool:
         """Returns once the model is loaded."""
         return True
 
     def head(self) -> HeadWeights:
-        """What turns its hidden states into logits."""
+        """What turns its hidden states into logits, where it sends such."""
+        assert isinstance(self._teacher, HfTeacher), "vLLM sends none"
         return self._teacher.head()
 
     @ray.method(num_returns=2)

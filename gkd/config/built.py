@@ -1,6 +1,5 @@
 """What this version builds of the schema. A later feature removes its line here."""
 
-from gkd.config.objective import Reserved
 from gkd.config.schema import Config
 from gkd.errors import NotBuiltYet
 
@@ -11,9 +10,6 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         NotBuiltYet: for the first such value.
     """
-    objective = config.objective
-    if isinstance(objective, Reserved):
-        raise NotBuiltYet("objective.type", objective.type, "Use another objective.")
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("student.init", config.student.init, config.student.init == "truncate", "Use pretrained or random."),
@@ -23,10 +19,7 @@ def refuse_unbuilt(config: Config) -> None:
         ("stages", config.stages, bool(config.stages), "Run one config after the other."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
-        unbuilt += [
-            (f"{at}.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
-            (f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
-        ]
+        unbuilt.append((f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."))
     for field, value, refused, cure in unbuilt:
         if refused:
             raise NotBuiltYet(field, value, cure)

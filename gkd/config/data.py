@@ -78,7 +78,8 @@ class DataConfig(Section):
     eval: Sources = []
     """Held-out records: one source, or a list of them."""
     on_policy_fraction: Fraction = 1.0
-    """lambda: the share of samples that the student writes itself; the rest are the dataset's completions."""
+    """lambda: the share of samples that the student writes itself; the rest are the dataset's completions. Of no effect
+    where an objective says whose text it is of: sft (the dataset's) and seq_kd (the teacher's)."""
     mixing: Literal["per_step", "per_sample"] = "per_step"
     """One Bernoulli draw a step, as the GKD paper does, or one a sample."""
     max_prompt_tokens: Count | None = None

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from gkd.config.base import Count, NonNegativeInt, Positive, Section
+from gkd.config.base import Count, NonNegative, NonNegativeInt, Positive, Section
 
 
 class LoraConfig(Section):
@@ -33,8 +33,11 @@ class StudentConfig(Section):
     """Train adapters only."""
 
 
+_OF_ENGINES = ("tensor_parallel_size", "max_concurrent", "kv_cache_gib", "gpu_memory_utilization")
+
+
 class TeacherConfig(Section):
-    """The model that scores."""
+    """The model that scores, or writes."""
 
     name: Annotated[str, Field(min_length=1)] = "teacher"
     """Its name where there are several: records name the teacher that scores them."""
@@ -44,7 +47,8 @@ class TeacherConfig(Section):
     model: str | None = None
     """Folder or hub name, in Hugging Face format. Not needed where the teacher is the student itself."""
     backend: Literal["hf", "vllm", "student_base", "student_ema"] = "hf"
-    """What runs it: transformers; vLLM; or the trainer itself, the teacher being made of the student's weights.
+    """What runs it: transformers; vLLM, which can spread it over several GPUs, and sends `top_k` or `sampled_logprobs`
+    alone; or the trainer itself, the teacher being made of the student's weights.
     `student_base` is its base with the LoRA adapter off (self-distillation from one copy of the weights); `student_ema`
     the exponential moving average of all weights that it trains."""
     ema_decay: Annotated[float, Field(gt=0, lt=1)] = 0.999
@@ -54,7 +58,7 @@ class TeacherConfig(Section):
     """Form in which its judgement travels. `full_logits` and `hidden_states` (to which the trainer applies the
     teacher's head) are exact over the whole vocabulary; `top_k` is exact for some tokens, and holds all others in one
     bucket; `sampled_logprobs` knows the response's own tokens alone. auto: the smallest that loses nothing of what the
-    objective compares."""
+    objective compares, or the least lossy of what the backend can send."""
     top_k: Count = 64
     """Of the signal top_k: how many of the teacher's most probable tokens."""
     student_top_k: NonNegativeInt = 16
@@ -68,6 +72,17 @@ class TeacherConfig(Section):
     """Most tokens in one scoring batch, counted with the longest possible response."""
     sequences_per_batch: Count = 8
     """Most sequences in one scoring batch: small groups leave for the teacher while others still generate."""
+    generation_temperature: NonNegative = 1.0
+    """Where the teacher writes the responses (objective seq_kd): its sampling temperature; 0 is greedy."""
+    tensor_parallel_size: Count = 1
+    """Where vLLM runs the teacher (the backend vllm, or the objective seq_kd): GPUs per engine."""
+    max_concurrent: Count = 256
+    """Likewise: most sequences in an engine at once."""
+    kv_cache_gib: Positive = 1.0
+    """Likewise: memory for an engine's key-value cache on CPU hosts, GiB."""
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    """Likewise: share of a GPU's memory that an engine takes on GPU hosts. A teacher that scores needs the rest for the
+    logits of 1,024 tokens, several times over."""
 
     @model_validator(mode="after")
     def has_a_model(self) -> "TeacherConfig":
@@ -84,6 +99,16 @@ class TeacherConfig(Section):
         if self.backend != "student_ema" and self.ema_decay != TeacherConfig.model_fields["ema_decay"].default:
             raise ValueError(f"has an `ema_decay`, which `backend: {self.backend}` has no use for: remove it")
         return self
+
+    def without_use(self, *, writes: bool) -> list[str]:
+        """Settings that were changed and have no effect; `writes`: whether the teacher writes the responses."""
+        idle = (() if writes else ("generation_temperature",)) + (() if writes or self.on_vllm else _OF_ENGINES)
+        return [name for name in idle if getattr(self, name) != TeacherConfig.model_fields[name].default]
+
+    @property
+    def on_vllm(self) -> bool:
+        """Whether vLLM runs it to score."""
+        return self.backend == "vllm"
 
     @property
     def has_workers(self) -> bool:
