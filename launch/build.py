@@ -259,7 +259,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         model=facts.student.path,
         # The first sync brings the weights in any case; reading them from disk as well is only for models whose
         # checkpoints hold more than their trained weights.
-        load_weights=config.student.init == "pretrained",
+        load_weights=config.student.init != "random",
         seed=config.run.seed,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -296,11 +296,10 @@ def _objective(config: Config) -> BuiltObjective:
 
 def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettings:
     trainer = config.trainer
-    assert config.student.init != "truncate", "refused when the config was loaded"
     bucket_bytes = int(config.sync.bucket_mib * 2**20)
     return StudentSettings(
         model=facts.student.path,
-        init=config.student.init,
+        init="random" if config.student.init == "random" else "pretrained",  # a truncated one is on disk by now
         seed=config.run.seed,
         dropout=config.student.dropout,
         lora=lora_settings(config),

@@ -70,12 +70,19 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
         return [("student", config.student.model), ("teacher", "\n".join(_teachers(config, ())))]
     student, data = facts.student, facts.data
     return [
-        ("student", f"{student.path} ({student.head_rows:,} rows, {config.student.init} weights)"),
+        ("student", f"{student.path} ({student.head_rows:,} rows, {_first_weights(config, facts)})"),
         ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
         ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
         ("longest prompt", f"{data.longest_prompt:,} tokens"),
     ]
+
+
+def _first_weights(config: Config, facts: Facts) -> str:
+    """Where the student's first weights come from."""
+    if config.student.init == "truncate":
+        return f"truncated to {facts.sizes.student.num_layers} layers"
+    return f"{config.student.init} weights"
 
 
 def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:
