@@ -1,20 +1,19 @@
 """Teacher-free truncation, compared (Jha et al., arXiv 2305.14864): `make bench-truncation`.
 
-The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy and trained on
+The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained on
 by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
-weights, vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the same
-data), maximum likelihood for as long as that distillation's FLOPs pay for, and the same shape from random weights with
-the teacher's whole training. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the command goes on
-where it stopped.
+weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
+same data); maximum likelihood for as many steps as that distillation's FLOPs pay for; and the same shape from random
+weights with the teacher's whole training. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
+command goes on where it stopped.
 """
 
 import argparse
 import json
 import shutil
-import statistics
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from transformers import AutoTokenizer
 from benchmarks.quality import task
 from benchmarks.quality.measure import cross_entropy, greedy_exact_match, load
 from benchmarks.quality.runs import FOLDER, TEACHER_BATCH, TEACHER_STEPS, trained_teacher
+from benchmarks.truncation_tables import Run, write_tables
 from gkd.compress.flops import vanilla_kd_ratio
 from gkd.config import parse_config
 from launch.init_student import InitStudentRequest, run_init_student
@@ -32,7 +32,6 @@ from launch.train import run_training
 
 RESULTS = Path(__file__).parent / "results" / "truncation.jsonl"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
-MARKS = ("<!-- truncation: begin -->", "<!-- truncation: end -->")
 LAYERS = 3
 STEPS = 120
 BATCH = 32
@@ -46,36 +45,6 @@ TESTED = 500
 """Test problems that are answered."""
 EVERY = 10
 """Steps between the points of a curve."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
-    """A finished run; the fields are the columns of the results file."""
-
-    method: str
-    """One of `METHODS`."""
-    seed: int
-    """Of the order of the data, and of random weights."""
-    steps: int
-    """Optimizer steps."""
-    batch: int
-    """Samples of a step."""
-    teacher_ce: float
-    """Validation cross-entropy of the teacher on the right completions, in nats per token."""
-    start_ce: float
-    """Of the student before its training, measured by transformers alone."""
-    end_ce: float
-    """And after it, likewise."""
-    exact_match: float
-    """Greedy answers that are right, after it."""
-    curve: dict[int, float]
-    """Step -> validation cross-entropy, as the run itself measured it (`eval/cross_entropy`)."""
-    tokens: int
-    """Tokens trained on."""
-    train_s: float
-    """Time of the steps and the waits between them, start-up and evaluation apart."""
-    flop_ratio: float
-    """Of distillation to maximum likelihood for the same tokens, by the models' parameters."""
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What training costs, by the models' parameters alone (the accounting behind the 1.5x of Jha et al., arXiv 2305.14864).
+"""What training costs, by the models' parameters alone: the accounting behind the 1.5x of arXiv 2305.14864.
 
 A matrix of P numbers costs 2 P floating-point operations a token in the forward pass, and twice that in the backward
 pass: in units of 2 P, training is 3 and a teacher's forward pass 1. What attention does between tokens is left out.
