@@ -1,7 +1,7 @@
 """Teacher-free truncation, compared (Jha et al., arXiv 2305.14864): `make bench-truncation`.
 
-The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained on
-by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
+The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained
+on by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
 weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
 same data); maximum likelihood for as many steps as that distillation's FLOPs pay for; and the same shape from random
 weights with the teacher's whole training. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
