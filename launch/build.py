@@ -11,25 +11,26 @@ from gkd.config import Config
 from gkd.config.objective import RlGkdObjective, terms_of_type
 from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
-from gkd.types import Prompt, SampleId
+from gkd.types import Prompt, Rollout, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
 from launch.wire import wire_between
-from rollout.mixer import Mixer
+from rollout.mixer import Mixer, from_dataset
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
 from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.teacher_text import TeacherText
+from rollout.tokenized import TokenizedData
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
 from rollout.weights.choice import Wire
 from trainer.best import Best
 from trainer.deepspeed_engine import EngineSettings
-from trainer.evaluator import Divergence, Evaluator, ExactMatch, HeldOut, NoScores
+from trainer.evaluator import CrossEntropy, Divergence, Evaluator, ExactMatch, HeldOut, NoScores
 from trainer.loop import Parts, Span
 from trainer.lora import LoraSettings
 from trainer.records import Records
@@ -186,7 +187,9 @@ def _evaluator(
     config: Config, facts: Facts, engines: RolloutPool, scores: Scores, learner: Learner
 ) -> Callable[[int], dict[str, float]]:
     measures: list[Callable[[], dict[str, float]]] = []
-    held_out = _held_out(facts)
+    if "cross_entropy" in config.measured and facts.held_out is not None:
+        measures.append(CrossEntropy(_given(facts.held_out), learner))
+    held_out = _held_out(facts) if config.asks_held_out else None
     if held_out is not None and "exact_match" in config.measured:
         stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
         measures.append(ExactMatch(held_out, engines, lambda ids: decode([i for i in ids if i not in stop_ids])))
@@ -244,6 +247,15 @@ def _held_out(facts: Facts) -> HeldOut | None:
     )
 
 
+def _given(held_out: TokenizedData) -> list[Rollout]:
+    """The held-out data's own completions or text."""
+    return [
+        from_dataset(Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion=r.completion))
+        for r in held_out.records
+        if r.completion is not None
+    ]
+
+
 def _mixer(config: Config, facts: Facts) -> Mixer:
     return Mixer(
         PromptStream(
@@ -270,7 +282,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         model=facts.student.path,
         # The first sync brings the weights in any case; reading them from disk as well is only for models whose
         # checkpoints hold more than their trained weights.
-        load_weights=config.student.init == "pretrained",
+        load_weights=config.student.init != "random",
         seed=config.run.seed,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -302,11 +314,10 @@ def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeo
 
 def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettings:
     trainer = config.trainer
-    assert config.student.init != "truncate", "refused when the config was loaded"
     bucket_bytes = int(config.sync.bucket_mib * 2**20)
     return StudentSettings(
         model=facts.student.path,
-        init=config.student.init,
+        init="random" if config.student.init == "random" else "pretrained",  # a truncated one is on disk by now
         seed=config.run.seed,
         dropout=config.student.dropout,
         lora=lora_settings(config),

@@ -16,6 +16,7 @@ from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
 from launch.wire import wire_between
+from rollout.tokenized import TokenizedData
 
 _OF_THE_STUDENT = {
     "student_base": "the student's base, its adapter off",
@@ -70,12 +71,27 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
         return [("student", config.student.model), ("teacher", "\n".join(_teachers(config, ())))]
     student, data = facts.student, facts.data
     return [
-        ("student", f"{student.path} ({student.head_rows:,} rows, {config.student.init} weights)"),
+        ("student", f"{student.path} ({student.head_rows:,} rows, {_first_weights(config, facts)})"),
         ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
+        *_of_the_records(data),
+    ]
+
+
+def _of_the_records(data: TokenizedData) -> list[tuple[str, str]]:
+    if data.block_tokens is not None:
+        return [("training text", f"{len(data.records):,} blocks of {data.block_tokens:,} tokens")]
+    return [
         ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
         ("longest prompt", f"{data.longest_prompt:,} tokens"),
     ]
+
+
+def _first_weights(config: Config, facts: Facts) -> str:
+    """Where the student's first weights come from."""
+    if config.student.init == "truncate":
+        return f"truncated to {facts.sizes.student.num_layers} layers"
+    return f"{config.student.init} weights"
 
 
 def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:

@@ -7,10 +7,11 @@ from gkd.config.models import TeacherConfig
 from gkd.config.rollout import RolloutConfig
 from gkd.errors import UserError
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
-from launch.architecture import Architecture, read_architecture
+from launch.architecture import Architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
 from launch.self_test import self_test
+from launch.student_start import student_architecture
 from rollout.chat import ChatTemplate
 from rollout.records import ChatRecord, Record
 
@@ -24,7 +25,7 @@ def read_student(config: Config) -> ModelFacts:
     Raises:
         UserError: if it cannot be read.
     """
-    return read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
+    return read_model(config.student.model, field="student.model", need_weights=config.student.init != "random")
 
 
 def read_teachers(config: Config) -> list[ModelFacts]:
@@ -78,7 +79,7 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
     """
     if config.needs_engine:
         check_engine(student, config.rollout, model="student.model", section="rollout", this_host=this_host)
-    architecture = read_architecture(student.path, field="student.model")
+    architecture = student_architecture(config, student)
     if config.trainer.gradient_checkpointing and not architecture.recomputes:
         raise UserError(
             "trainer.gradient_checkpointing", True, f"is unknown to {architecture.name}.", "Set it to false."

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gkd.config import Config
-from gkd.errors import UserError
 from launch.architecture import read_architecture
 from launch.data import (
     check_ids,
@@ -33,6 +32,7 @@ from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
 from launch.signal_choice import check_signal, choose_signals, signal_notes
+from launch.text_data import text_notes
 from rollout.records import Record, fingerprint
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
@@ -99,8 +99,8 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
-        _check_answers(config, [eval_records[record.index].answer for record in held_out.records])
-    answered = (*(data.records if config.needs_rollouts else ()), *(held_out.records if held_out else ()))
+    asked = held_out.records if held_out and config.asks_held_out else ()
+    answered = (*(data.records if config.needs_rollouts else ()), *asked)
     response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
     longest_scored = max(data.longest_scored_prompt, held_out.longest_scored_prompt if held_out else 0)
@@ -114,7 +114,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
         longest_scored_prompt=longest_scored,
-        longest_response=max(response_room, _longest_completion(data)),
+        longest_response=max(response_room, _longest_completion(data), _longest_completion(held_out)),
     )
     warnings = [
         *notes,
@@ -155,19 +155,9 @@ def check_settings(config: Config) -> None:
     records_logprobs(config)
 
 
-def _check_answers(config: Config, answers: Sequence[str | None]) -> None:
-    """Where answers are to be compared, there are right ones."""
-    if "exact_match" in config.measured and all(answer is None for answer in answers):
-        raise UserError(
-            "eval.metrics",
-            config.eval.metrics,
-            f"include exact_match, and no record of {config.data.eval[0].path} has a completion to compare with.",
-            "Add completions, or measure the divergence alone.",
-        )
-
-
-def _longest_completion(data: TokenizedData) -> int:
-    return max((len(r.completion.response_ids) for r in data.records if r.completion is not None), default=0)
+def _longest_completion(data: TokenizedData | None) -> int:
+    records = data.records if data else ()
+    return max((len(r.completion.response_ids) for r in records if r.completion is not None), default=0)
 
 
 def data_warnings(
@@ -180,6 +170,7 @@ def data_warnings(
         overlong_warning(config, data),
         *template_warnings(config, student, teachers, records),
         *teacher_notes(config, data),
+        *(text_notes(config) if data.block_tokens is not None else []),
         repeated if used < config.trainer.batch_size else None,
     ]
 

@@ -11,6 +11,9 @@ from rollout.records import ChatRecord, Record, TextRecord
 
 Ids = tuple[int, ...]
 
+_DOCUMENTS_AT_ONCE = 256
+"""Documents that are tokenised together: a tokenizer holds much beside the ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRecord:
@@ -52,6 +55,8 @@ class TokenizedData:
     """Overlong records that are used in part."""
     longest_prompt: int
     """Tokens of the longest prompt in use, the completions' prompts included."""
+    block_tokens: int | None = None
+    """Where the records are blocks of plain text: tokens of a whole one."""
 
     @property
     def longest_scored_prompt(self) -> int:
@@ -136,6 +141,17 @@ class Encoder:
         texts = iter(self._texts([r for r in records if isinstance(r, TextRecord)], completions))
         chats = iter(self._chats([r for r in records if isinstance(r, ChatRecord)], student_prompts, completions))
         return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
+
+    def documents(self, texts: Sequence[str]) -> Iterator[Ids]:
+        """Each text as it stands, nothing put before it, and the end token.
+
+        Raises:
+            UserError: if the tokenizer has no end token.
+        """
+        end = self._eos_token_id()
+        for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+            for ids in self._ids(texts[first : first + _DOCUMENTS_AT_ONCE]):
+                yield (*ids, end)
 
     def teacher_prompts(self, records: Sequence[Record]) -> list[Ids | None]:
         """What the teacher is asked in the student's place; None where it is asked the same.

@@ -38,9 +38,6 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
     student = load(folder)
     stop = tokenizer.eos_token_id
     prompts_BT = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in problems])
-    greedy = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
-    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in greedy])
-    right = [text == answer for text, (_, answer) in zip(texts, problems, strict=True)]
     torch.manual_seed(seed)
     probes_BT = prompts_BT[:_PROBES]
     sampled_BT = torch.cat([_answer(student, part, stop, sample=True) for part in probes_BT.split(_BATCH)])
@@ -48,11 +45,35 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
     own = _compared(student, teacher, probes_BT, sampled_BT, stop)
     dataset = _compared(student, teacher, probes_BT, given_BT, stop)
     return {
-        "exact_match": sum(right) / len(right),
+        "exact_match": greedy_exact_match(student, tokenizer, problems),
         **{name: value for name, value in own.items() if name != "by_position"},
         **{f"dataset_{name}": value for name, value in dataset.items() if name != "by_position"},
         "reverse_kl_by_position": own["by_position"],
     }
+
+
+@torch.no_grad()
+def greedy_exact_match(student: Any, tokenizer: Any, problems: list[tuple[str, str]]) -> float:
+    """Share of greedy answers that are right; all prompts are of one length."""
+    stop = tokenizer.eos_token_id
+    prompts_BT = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in problems])
+    greedy = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
+    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in greedy])
+    right = [text == answer for text, (_, answer) in zip(texts, problems, strict=True)]
+    return sum(right) / len(right)
+
+
+@torch.no_grad()
+def cross_entropy(student: Any, tokenizer: Any, problems: list[tuple[str, str]]) -> float:
+    """Mean negative log-likelihood of the right answers, stop token included, in nats per token."""
+    rows = [tokenizer(prompt + answer)["input_ids"] + [tokenizer.eos_token_id] for prompt, answer in problems]
+    prompt_tokens = len(tokenizer(problems[0][0])["input_ids"])
+    losses = []
+    for ids_BT in torch.tensor(rows).split(_BATCH):
+        labels_BT = ids_BT.clone()
+        labels_BT[:, :prompt_tokens] = -100
+        losses.append(student(ids_BT, labels=labels_BT).loss * len(ids_BT))
+    return (torch.stack(losses).sum() / len(rows)).item()
 
 
 def _answer(model: Any, prompts_BT: torch.Tensor, stop: int, *, sample: bool) -> torch.Tensor:

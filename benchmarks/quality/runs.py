@@ -22,12 +22,12 @@ from launch.train import run_training
 FOLDER = Path("outputs/quality")
 BATCH = 32
 _WARM_STEPS = 400
-_TEACHER_STEPS = 1050
+TEACHER_STEPS, TEACHER_BATCH = 1050, 48
 
 
 def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     """Do one cell of the plan."""
-    teacher = _teacher(cell.teacher, console)
+    teacher = trained_teacher(cell.teacher, console)
     warm = _warm_start(cell, console)
     problems = task.read(FOLDER, cell.split)
     scorer = load(teacher)
@@ -39,7 +39,8 @@ def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     return Result(cell=cell, warm=weights_hash(warm), before=before, after=after, metrics=metrics)
 
 
-def _teacher(seed: int, console: Console) -> Path:
+def trained_teacher(seed: int, console: Console) -> Path:
+    """The teacher's folder; it is trained where it is not there yet."""
     return _trained_once(
         f"teacher-{seed}",
         console,
@@ -48,7 +49,7 @@ def _teacher(seed: int, console: Console) -> Path:
             "student": {"model": str(FOLDER / "models" / "teacher"), "init": "random"},
             "data": {"train": {"path": str(FOLDER / "data" / "teacher.jsonl")}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(_TEACHER_STEPS, 2.5e-3, batch_size=48, warmup_steps=50),
+            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=50),
         },
     )
 

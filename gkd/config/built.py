@@ -12,7 +12,6 @@ def refuse_unbuilt(config: Config) -> None:
     """
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
-        ("student.init", config.student.init, config.student.init == "truncate", "Use pretrained or random."),
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
         ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),

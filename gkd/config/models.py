@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from gkd.compress.strategies import STRATEGIES
 from gkd.config.base import Count, NonNegative, NonNegativeInt, Positive, Section
 
 
@@ -20,17 +21,47 @@ class LoraConfig(Section):
     """Dropout on the adapter's input while training."""
 
 
+def _known_strategy(name: str) -> str:
+    if name not in STRATEGIES:
+        raise ValueError(f"is no strategy: use one of {', '.join(STRATEGIES)}")
+    return name
+
+
+class TruncateConfig(Section):
+    """Which layers are kept of the model that the student is made of (Jha et al., arXiv 2305.14864)."""
+
+    layers: Count | None = None
+    """How many."""
+    strategy: Annotated[str, AfterValidator(_known_strategy)] | None = None
+    """Which: first_k (what None means), last_k, both_ends, uniform, every_other or first_k_and_last."""
+    keep_layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
+    """In the place of both: these, counted from 0."""
+
+
 class StudentConfig(Section):
     """The model that learns."""
 
     model: str
-    """Folder or hub name, in Hugging Face format; with `init: random` a config and a tokenizer are enough."""
+    """Folder or hub name, in Hugging Face format; with `init: random` a config and a tokenizer are enough. With `init:
+    truncate` the model that is cut, usually the teacher."""
     init: Literal["pretrained", "random", "truncate"] = "pretrained"
-    """Where the first weights come from."""
+    """Where the first weights come from. `truncate`: some of the model's layers are the student (`truncate` below says
+    which). It is written to `init` in the run's folder before the workers start."""
+    truncate: TruncateConfig | None = None
+    """With `init: truncate`: the layers that are kept."""
     dropout: bool = False
     """Use the model's own dropout in training. Always off where log-probabilities are compared."""
     lora: LoraConfig | None = None
     """Train adapters only."""
+
+    @model_validator(mode="after")
+    def says_which_layers(self) -> "StudentConfig":
+        """`truncate` and `init: truncate` come together."""
+        if self.init == "truncate" and self.truncate is None:
+            raise ValueError("has `init: truncate` and no `truncate`: say how many layers are kept, `{layers: 3}`")
+        if self.init != "truncate" and self.truncate is not None:
+            raise ValueError(f"has `truncate`, which `init: {self.init}` has no use for: set `init: truncate`")
+        return self
 
 
 _OF_ENGINES = ("tensor_parallel_size", "max_concurrent", "kv_cache_gib", "gpu_memory_utilization")

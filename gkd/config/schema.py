@@ -51,11 +51,13 @@ class EvalConfig(Section):
 
     every_steps: NonNegativeInt = 0
     """Steps between evaluations; 0 is never."""
-    metrics: list[Literal["exact_match", "divergence"]] = ["exact_match", "divergence"]
-    """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples."""
+    metrics: list[Literal["exact_match", "divergence", "cross_entropy"]] = ["exact_match", "divergence"]
+    """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples; mean
+    negative log-likelihood of the data's own completions or text, in nats per token (its exponential is the
+    perplexity), over the vocabulary of the loss and at temperature 1. The last alone needs no rollout engine."""
     limit: Count | None = None
     """Use the first so many records of `data.eval` only."""
-    best: Literal["exact_match", "divergence"] | None = None
+    best: Literal["exact_match", "divergence", "cross_entropy"] | None = None
     """Metric whose best checkpoint is kept beside the newest ones."""
 
 
@@ -254,7 +256,7 @@ class Config(Section):
         if evaluation.every_steps and not self.measured:
             raise ValueError(
                 f"eval.metrics = {evaluation.metrics}: none can be measured here (a divergence needs a teacher): add "
-                "exact_match"
+                "exact_match or cross_entropy"
             )
         if evaluation.best is None:
             return
@@ -331,9 +333,14 @@ class Config(Section):
         return self.needs_teacher and all(teacher.has_workers for teacher in self.all_teachers)
 
     @property
+    def asks_held_out(self) -> bool:
+        """Whether evaluation has held-out prompts answered; a cross-entropy reads what is given."""
+        return self.eval.every_steps > 0 and any(name != "cross_entropy" for name in self.measured)
+
+    @property
     def needs_engine(self) -> bool:
         """Whether a rollout engine is started: to write samples, or to answer held-out prompts."""
-        return self.needs_rollouts or self.eval.every_steps > 0
+        return self.needs_rollouts or self.asks_held_out
 
     @property
     def measured(self) -> list[str]:

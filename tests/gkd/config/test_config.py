@@ -181,7 +181,6 @@ def test_evaluation_needs_something_to_evaluate_on(minimal):
 
 
 UNBUILT = [
-    "student.init=truncate",
     "teacher.signal=attention_relations",
     "teacher.signal=attention_relations",
     "rollout.max_restarts=1",
