@@ -5,15 +5,19 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.quality import task
+from benchmarks.quality.differences import ACCURACY, RELATIONS, WARM, differences
 from benchmarks.quality.methods import METHODS, TITLES
 from benchmarks.quality.plan import RATES, SEEDS, STEPS, TUNING_SEEDS, chosen_rate, next_cell
-from benchmarks.quality.report import differences, summary
+from benchmarks.quality.report import summary
 from benchmarks.quality.results import Cell, Result, append, read_results
+from benchmarks.quality.reward import right
+from gkd.rewards import RewardSample
 
 
 def _result(cell: Cell, exact_match: float, *, warm: str = "w") -> Result:
     measured = {"exact_match": exact_match, "reverse_kl": 0.1, "total_variation": 0.1, "entropy": 0.2}
-    measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2]}
+    measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2], "forward_kl": 0.2}
+    measured |= {"sampled_exact_match": 0.4, "d_on": 0.1, "d_off": 0.1, "dataset_reverse_kl": 0.1}
     metrics = {"tokens": 100.0, "step_s": 0.1, "train_s": 25.0}
     return Result(cell=cell, warm=warm, before=measured, after=measured, metrics=metrics)
 
@@ -52,12 +56,31 @@ def test_no_rate_is_chosen_before_all_were_tried() -> None:
 def test_differences_are_between_runs_of_one_start() -> None:
     results = [_result(_cell("sft", seed), 0.5, warm=str(seed)) for seed in range(4)]
     results += [_result(_cell("kd", seed), 0.5 + gain, warm=str(seed)) for seed, gain in enumerate((0.1, 0.2, 0.3))]
-    (found,) = differences(results)
+    (found,) = differences(results, ACCURACY)
     assert (found.first, found.second, found.students, found.positive) == ("kd", "sft", 3, 3)
     assert found.mean == pytest.approx(0.2)
     # Student's t with 2 degrees of freedom: 4.303 * 0.1 / sqrt(3).
     assert found.interval == pytest.approx((0.2 - 0.24843, 0.2 + 0.24843), abs=1e-4)
     assert summary(results)["runs"] == 7
+
+
+def test_a_relation_may_be_to_the_warm_start() -> None:
+    assert {name for pair in (*ACCURACY, *RELATIONS) for name in (pair.first, pair.second)} <= {*METHODS, WARM}
+    result = _result(_cell("amm_both", 0), 0.5)
+    found = differences([replace(result, after=result.after | {"d_on": 0.04})], RELATIONS)
+    assert {(pair.metric, pair.second): round(pair.mean, 3) for pair in found} == {
+        ("d_on", WARM): -0.06,
+        ("d_off", WARM): 0.0,
+    }
+
+
+def test_the_reward_is_for_right_answers_alone() -> None:
+    def sample(response: str) -> RewardSample:
+        return RewardSample(
+            prompt="1+9-7=", response=response, reference=None, source="student", stop_reason="stop", num_tokens=6
+        )
+
+    assert right([sample("10;03"), sample("10;04"), sample("10;03;")]) == [1.0, 0.0, 0.0]
 
 
 def test_a_finished_run_is_read_back(tmp_path) -> None:
