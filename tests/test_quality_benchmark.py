@@ -19,7 +19,7 @@ def _result(cell: Cell, exact_match: float, *, warm: str = "w") -> Result:
     measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2], "forward_kl": 0.2}
     measured |= {"sampled_exact_match": 0.4, "d_on": 0.1, "d_off": 0.1, "dataset_reverse_kl": 0.1}
     metrics = {"tokens": 100.0, "step_s": 0.1, "train_s": 25.0}
-    return Result(cell=cell, warm=warm, before=measured, after=measured, metrics=metrics)
+    return Result(cell=cell, warm=warm, teacher="t", before=measured, after=measured, metrics=metrics)
 
 
 def _cell(method: str, seed: int) -> Cell:

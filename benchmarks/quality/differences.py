@@ -131,10 +131,10 @@ def equal_steps(results: Sequence[Result]) -> list[Result]:
 
 def _by_start(
     results: Sequence[Result], setting: str, method: str, metric: str, *, warm: bool = False
-) -> dict[tuple[str, int], float]:
-    """(warm start, teacher) -> the metric, after the run or of the warm start."""
+) -> dict[tuple[str, str], float]:
+    """(weights of the warm start, of the teacher) -> the metric, after the run or of the warm start."""
     return {
-        (result.warm, result.cell.teacher): (result.before if warm else result.after)[metric]
+        (result.warm, result.teacher): (result.before if warm else result.after)[metric]
         for result in equal_steps(results)
         if (result.cell.setting, result.cell.method) == (setting, method)
     }

@@ -46,6 +46,8 @@ class Result:
     """The run."""
     warm: str
     """Hash of the weights that it began with: differences are taken between runs of one start alone."""
+    teacher: str
+    """Likewise of the teacher's."""
     before: dict[str, Any]
     """The warm start, measured alike."""
     after: dict[str, Any]

@@ -47,6 +47,7 @@ def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     return Result(
         cell=cell,
         warm=weights_hash(warm),
+        teacher=weights_hash(teacher),
         before=before,
         after=after,
         metrics=_metrics(lines),
