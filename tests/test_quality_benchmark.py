@@ -33,23 +33,27 @@ def test_every_method_has_a_title_and_a_place_in_the_plan() -> None:
 
 def test_the_plan_tunes_first_and_ends() -> None:
     results: list[Result] = []
+    tried: dict[str, set[float]] = {"sft": set(), "gkd_jsd_0.5": set()}
     while (cell := next_cell(results, ["sft", "gkd_jsd_0.5"])) is not None:
-        if len(results) < 2 * len(RATES) * len(TUNING_SEEDS):
+        if len(results) < 2 * 4 * len(TUNING_SEEDS):
             assert cell.split == "validation"
+            tried[cell.method].add(cell.learning_rate)
         else:
-            assert (cell.split, cell.learning_rate) == ("test", 2.5e-3)
+            assert (cell.split, cell.learning_rate) == ("test", 1.25e-3)
         # On-policy steps take four times as long.
         slow = cell.method != "sft"
-        result = _result(cell, 0.9 if cell.learning_rate == 2.5e-3 else 0.5)
+        result = _result(cell, 0.9 - abs(cell.learning_rate - 1.25e-3))
         results.append(replace(result, metrics=result.metrics | {"step_s": 0.4 if slow else 0.1}))
     timed = [result.cell for result in results if result.cell.steps != STEPS]
     assert {cell.steps for cell in timed} == {4 * STEPS}
     assert [cell.seed for cell in timed] == list(SEEDS)
-    assert chosen_rate(results, "sft") == 2.5e-3
+    assert chosen_rate(results, "sft") == 1.25e-3
+    # From the middle on, past the best one, and no further.
+    assert tried == {"sft": set(RATES[:4]), "gkd_jsd_0.5": set(RATES[:4])}
 
 
-def test_no_rate_is_chosen_before_all_were_tried() -> None:
-    cell = replace(_cell("sft", TUNING_SEEDS[0]), split="validation")
+def test_no_rate_is_chosen_before_its_neighbours_were_tried() -> None:
+    cell = replace(_cell("sft", TUNING_SEEDS[0]), split="validation", learning_rate=RATES[2])
     assert chosen_rate([_result(cell, 0.5)], "sft") is None
 
 

@@ -23,7 +23,7 @@ from launch.train import run_training
 
 FOLDER = Path("outputs/quality")
 BATCH = 32
-_WARM_STEPS = 400
+_WARM_STEPS = 600
 _TEACHER_STEPS = 1050
 _CHECKPOINT_EVERY = 50
 """Steps, in the runs that are measured along the way."""
