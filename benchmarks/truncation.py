@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 from benchmarks.quality import task
-from benchmarks.quality.measure import cross_entropy, greedy_exact_match, load
+from benchmarks.quality.measure import cross_entropy, exact_match, load
 from benchmarks.quality.runs import FOLDER, TEACHER_BATCH, TEACHER_STEPS, trained_teacher
 from benchmarks.truncation_tables import Run, write_tables
 from gkd.compress.flops import vanilla_kd_ratio
@@ -99,7 +99,7 @@ def run(method: str, seed: int, console: Console) -> Run:
         teacher_ce=cross_entropy(load(teacher), tokenizer, held_out),
         start_ce=cross_entropy(load(start), tokenizer, held_out),
         end_ce=cross_entropy(load(export), tokenizer, held_out),
-        exact_match=greedy_exact_match(load(export), tokenizer, test),
+        exact_match=exact_match(load(export), tokenizer, test),
         curve={line["step"]: line["eval/cross_entropy"] for line in lines if "eval/cross_entropy" in line},
         tokens=sum(line["tokens/trained"] for line in lines),
         train_s=sum(line["time/step_s"] for line in lines),
