@@ -15,8 +15,8 @@ from trainer.checkpoint import Checkpoint
 
 _MAY_CHANGE = {
     "run": {"name", "output_dir", "resume"},
-    "teacher": {"name", "num_actors", "tokens_per_batch", "sequences_per_batch"},
-    "teachers": {"num_actors", "tokens_per_batch", "sequences_per_batch"},
+    "teacher": {"name", "num_actors", "tokens_per_batch", "sequences_per_batch", "cache"},
+    "teachers": {"num_actors", "tokens_per_batch", "sequences_per_batch", "cache"},
     "rollout": {
         "num_actors", "max_restarts", "timeout_s", "tensor_parallel_size", "max_concurrent", "kv_cache_gib",
         "gpu_memory_utilization", "record_logprobs",
