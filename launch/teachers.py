@@ -37,8 +37,11 @@ def teacher_settings(config: Config, facts: Facts) -> list[TeacherSettings]:
             signal=signal,
             top_k=teacher.top_k,
             temperature=config.objective.temperature,
+            cache=cache,
         )
-        for teacher, model, signal in zip(config.all_teachers, facts.teachers, facts.sizes.signals, strict=True)
+        for teacher, model, signal, cache in zip(
+            config.all_teachers, facts.teachers, facts.sizes.signals, facts.caches, strict=True
+        )
     ]
 
 

@@ -25,9 +25,9 @@ class Teacher(Protocol):
 class CachedTeacher:
     """Another teacher behind a `SignalStore`.
 
-    What the student wrote goes to the teacher and is not stored: it will not be written a second time. Of other text
-    the teacher scores what is not there yet, in one batch; it is started when there is something for it to do. Stored
-    signals are bit for bit those that it made; the last bits of those depend on what was scored in the same batch.
+    What a model wrote goes to the teacher and is not stored: it will not be written a second time. Of the dataset's
+    text the teacher scores what is not there yet, in one batch; it is started when there is something for it to do.
+    Stored signals are bit for bit those that it made; the last bits of those depend on what else was in the batch.
     """
 
     def __init__(self, start: Callable[[], Teacher], settings: CacheSettings) -> None:
@@ -45,19 +45,19 @@ class CachedTeacher:
 
     @cached_property
     def _teacher(self) -> Teacher:
-        return self._start()
+        teacher = self._start()
+        if self._store.wants_head:  # who reads its hidden states later may not have the teacher at hand
+            self._store.put_head(teacher.head())
+        return teacher
 
     def head(self) -> HeadWeights:
-        """What turns its hidden states into logits: the stored one, else the teacher's, which is stored."""
-        head = self._store.head()
-        if head is None:
-            head = self._teacher.head()
-            self._store.put_head(head)
-        return head
+        """What turns its hidden states into logits: the stored one, else the teacher's."""
+        stored = self._store.head()
+        return self._teacher.head() if stored is None else stored
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
         """Signals of one group: one for each rollout's response, in order."""
-        keys = {i: self._store.key(rollout) for i, rollout in enumerate(rollouts) if rollout.source != "student"}
+        keys = {i: self._store.key(rollout) for i, rollout in enumerate(rollouts) if rollout.source == "dataset"}
         stored = self._store.get(keys.values())
         signals = {i: stored[key] for i, key in keys.items() if key in stored}
         self.num_looked_up, self.num_found = len(keys), len(signals)

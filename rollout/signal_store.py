@@ -122,7 +122,9 @@ class SignalStore:
         if not self._shards.is_dir():
             return
         names = sorted(
-            name for name in os.listdir(self._shards) if name.endswith(_SUFFIX) and _writer_of(name) != self._writer
+            path.name
+            for path in self._shards.iterdir()
+            if path.suffix == _SUFFIX and _writer_of(path.name) != self._writer
         )
         for name, following in zip(names, [*names[1:], ""], strict=True):
             if name in self._complete:
@@ -164,14 +166,18 @@ class SignalStore:
         if self._shard_bytes >= _WHOLE_SHARD_BYTES:
             self._next_shard()
 
+    @property
+    def wants_head(self) -> bool:
+        """Whether the head belongs here, beside hidden states, and nobody stored it yet."""
+        return self._spec.kind is SignalKind.HIDDEN_STATES and not self._head_file.exists()
+
     def head(self) -> HeadWeights | None:
         """What turns the stored hidden states into logits; None where nobody stored it."""
-        try:
-            with safe_open(self._folder / f"head{_SUFFIX}", framework="np") as file:
-                arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-                finish = Finish(**json.loads(file.metadata()["finish"]))
-        except FileNotFoundError:
+        if not self._head_file.exists():
             return None
+        with safe_open(self._head_file, framework="np") as file:
+            arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            finish = Finish(**json.loads(file.metadata()["finish"]))
         return HeadWeights(arrays["weight_VH"], arrays.get("bias_V"), finish)
 
     def put_head(self, head: HeadWeights) -> None:
@@ -183,7 +189,11 @@ class SignalStore:
         """
         self._begin()
         arrays = {"weight_VH": head.weight_VH} | ({} if head.bias_V is None else {"bias_V": head.bias_V})
-        self._save(arrays, self._folder / f"head{_SUFFIX}", metadata={"finish": json.dumps(asdict(head.finish))})
+        self._save(arrays, self._head_file, metadata={"finish": json.dumps(asdict(head.finish))})
+
+    @property
+    def _head_file(self) -> Path:
+        return self._folder / f"head{_SUFFIX}"
 
     @property
     def _shard_name(self) -> str:
