@@ -13,6 +13,7 @@ import uuid
 from collections import defaultdict
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,7 @@ class SignalStore:
             for path in self._shards.iterdir()
             if path.suffix == _SUFFIX and _writer_of(path.name) != self._writer
         )
-        for name, following in zip(names, [*names[1:], ""], strict=True):
+        for name, following in pairwise([*names, ""]):
             if name in self._complete:
                 continue
             self._read_header(name)
