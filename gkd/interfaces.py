@@ -57,6 +57,10 @@ class ScoredGroup:
     """How long the teacher worked on it."""
     num_bytes: int
     """Size of the signals."""
+    num_looked_up: int = 0
+    """Signals that may have been in a teacher's cache: those of given text, where there is a cache."""
+    num_found: int = 0
+    """How many of those were, and cost the teacher nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +85,10 @@ class ScoredBatch:
     """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
     """Size of the signals."""
+    num_looked_up: int = 0
+    """As `ScoredGroup.num_looked_up`."""
+    num_found: int = 0
+    """As `ScoredGroup.num_found`."""
     rewards: tuple[float, ...] | None = None
     """One per rollout, in their order; None where there is no reward function."""
 

@@ -15,6 +15,7 @@ from launch.plan_table import plan_table
 from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
+from launch.signal_cache import given_texts, not_stored
 from launch.wire import wire_between
 from rollout.tokenized import TokenizedData
 
@@ -84,6 +85,7 @@ def _of_the_records(data: TokenizedData) -> list[tuple[str, str]]:
     return [
         ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
         ("longest prompt", f"{data.longest_prompt:,} tokens"),
+        *_of_the_caches(config, facts),
     ]
 
 
@@ -92,6 +94,14 @@ def _first_weights(config: Config, facts: Facts) -> str:
     if config.student.init == "truncate":
         return f"truncated to {facts.sizes.student.num_layers} layers"
     return f"{config.student.init} weights"
+
+
+def _of_the_caches(config: Config, facts: Facts) -> list[tuple[str, str]]:
+    if not any(facts.caches) or not config.needs_completions:
+        return []
+    texts = given_texts(facts.data)
+    num_stored = len(texts) - len(not_stored(facts.caches, texts))
+    return [("samples in the caches", f"{num_stored:,} of {len(texts):,}")]
 
 
 def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:

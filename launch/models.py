@@ -46,7 +46,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(field, path, "holds no config.json.", "Give a folder in Hugging Face format.")
-    if need_weights and folder.is_dir() and not _weight_files(folder):
+    if need_weights and folder.is_dir() and not weight_files(folder):
         raise UserError(
             field,
             path,
@@ -83,7 +83,8 @@ def head_width(config: Any) -> int | None:
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights."""
     return [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)]
 
 

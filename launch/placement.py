@@ -1,6 +1,7 @@
 """Which worker gets which resources, and whether they all fit, before anything starts."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,7 +71,15 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
     Raises:
         UserError: if the workers do not fit.
     """
-    places = needed_places(config)
+    return fit_places(needed_places(config), num_cpus, num_gpus)
+
+
+def fit_places(places: Sequence[Place], num_cpus: float, num_gpus: float) -> list[Place]:
+    """The places of workers, as `plan_placement` has them for those of a run.
+
+    Raises:
+        UserError: if the workers do not fit.
+    """
     workers = [place.worker for place in places]
     if num_gpus == 0:
         share = min(1.0, int(100 * num_cpus / len(workers)) / 100)
@@ -89,4 +98,4 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
         raise UserError(
             "resources", f"{num_cpus:g} CPUs", f"are too few for {len(workers)} workers.", "Use a host with more cores."
         )
-    return places
+    return list(places)

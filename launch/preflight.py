@@ -31,9 +31,11 @@ from launch.outputs import check_folder
 from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
+from launch.signal_cache import cache_notes, check_caches
 from launch.signal_choice import check_signal, choose_signals, signal_notes
 from launch.text_data import text_notes
 from rollout.records import Record, fingerprint
+from rollout.signal_store import CacheSettings
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
 
@@ -65,6 +67,8 @@ class Facts:
     """Hash of the training records: a resumed run must train on the same."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
+    caches: tuple[CacheSettings | None, ...]
+    """Where the workers of each teacher keep signals of given text; None where they do not."""
     references: tuple[str | None, ...]
     """The final answer of every training record, by its index; None where it has none."""
     record_logprobs: bool
@@ -122,8 +126,10 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         *_warnings(config, student, teachers),
         *objective_notes(config),
         *signal_notes(config),
+        *cache_notes(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
+    caches = check_caches(config, teachers, sizes.signals, rows=rows)
     return Facts(
         student=student,
         teachers=tuple(teachers),
@@ -137,6 +143,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
         data_fingerprint=fingerprint(records),
         sizes=sizes,
+        caches=caches,
         references=tuple(record.answer for record in records),
         record_logprobs=records_logprobs(config),
         warnings=tuple(warning for warning in warnings if warning is not None),

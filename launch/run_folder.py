@@ -15,7 +15,7 @@ from trainer.checkpoint import Checkpoint
 
 _OF_TEACHERS = {
     "num_actors", "tokens_per_batch", "sequences_per_batch", "tensor_parallel_size", "max_concurrent", "kv_cache_gib",
-    "gpu_memory_utilization",
+    "gpu_memory_utilization", "cache",
 }  # fmt: skip
 _MAY_CHANGE = {
     "run": {"name", "output_dir", "resume"},

@@ -33,7 +33,8 @@ def start_teachers(config: Config, facts: Facts, workers: Workers) -> list[list[
 def teacher_settings(config: Config, facts: Facts, *, on_gpu: bool) -> list[TeacherSettings | VllmTeacherSettings]:
     """Of each teacher, where they have workers."""
     found: list[TeacherSettings | VllmTeacherSettings] = []
-    for teacher, model, signal in zip(config.all_teachers, facts.teachers, facts.sizes.signals, strict=True):
+    models = zip(config.all_teachers, facts.teachers, facts.sizes.signals, facts.caches, strict=True)
+    for teacher, model, signal, cache in models:
         settings = TeacherSettings(
             name=teacher.name,
             model=model.path,
@@ -42,6 +43,7 @@ def teacher_settings(config: Config, facts: Facts, *, on_gpu: bool) -> list[Teac
             signal=signal,
             top_k=teacher.top_k,
             temperature=config.objective.temperature,
+            cache=cache,
         )
         found.append(_on_vllm(teacher, settings, model, facts.sizes, on_gpu=on_gpu) if teacher.on_vllm else settings)
     return found

@@ -209,6 +209,8 @@ class Pipeline:
             rollout_wait_s=self._idle_s[0] - before[0],
             teacher_wait_s=self._idle_s[1] - before[1],
             signal_bytes=sum(group.num_bytes for group in scored),
+            num_looked_up=sum(group.num_looked_up for group in scored),
+            num_found=sum(group.num_found for group in scored),
             rewards=_in_order(assembly),
         )
 

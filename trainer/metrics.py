@@ -50,6 +50,7 @@ def step_metrics(
         "rollout/stopped_fraction": stopped / len(written) if written else None,
         "rollout/prefix_cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
         "teacher/signal_bytes": batch.signal_bytes,
+        **({"teacher/cache_hits": batch.num_found / batch.num_looked_up} if batch.num_looked_up else {}),
         "time/rollout_s": batch.rollout_s,
         "time/teacher_s": batch.teacher_s,
         "time/train_s": train_s,

@@ -1,5 +1,6 @@
 """The `student` and `teacher` sections."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -114,6 +115,10 @@ class TeacherConfig(Section):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Likewise: share of a GPU's memory that an engine takes on GPU hosts. A teacher that scores needs the rest for the
     logits of 1,024 tokens, several times over."""
+    cache: Path | None = None
+    """A folder that keeps its signals of given text, which comes again in every epoch: the teacher scores each sample
+    once, and later runs read it too. What the student writes never comes again and is not kept. Its workers must all
+    see the folder; it belongs outside of `run.output_dir`."""
 
     @model_validator(mode="after")
     def has_a_model(self) -> "TeacherConfig":
@@ -122,6 +127,8 @@ class TeacherConfig(Section):
             raise ValueError("needs `model`: a folder or hub name, or `backend: student_base`")
         if self.model is not None and not self.has_workers:
             raise ValueError(f"takes no `model` with `backend: {self.backend}`: the teacher is the student itself")
+        if self.cache is not None and not self.has_workers:
+            raise ValueError(f"takes no `cache` with `backend: {self.backend}`: the trainer makes its signals itself")
         return self
 
     @model_validator(mode="after")
@@ -152,6 +159,9 @@ def _fit_together(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
     names = [teacher.name for teacher in teachers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several are named {twice[0]!r}: give each a `name` of its own")
+    caches = [teacher.cache.absolute() for teacher in teachers if teacher.cache is not None]
+    if shared := sorted({str(cache) for cache in caches if caches.count(cache) > 1}):
+        raise ValueError(f"several have the cache {shared[0]}: give each a folder of its own")
     without = [teacher.name for teacher in teachers if teacher.weight is None]
     if 0 < len(without) < len(teachers):
         raise ValueError(
