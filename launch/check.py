@@ -76,6 +76,7 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
         ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
         *_of_the_records(data),
+        *_of_the_caches(config, facts),
     ]
 
 
@@ -85,7 +86,6 @@ def _of_the_records(data: TokenizedData) -> list[tuple[str, str]]:
     return [
         ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
         ("longest prompt", f"{data.longest_prompt:,} tokens"),
-        *_of_the_caches(config, facts),
     ]
 
 
