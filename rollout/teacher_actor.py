@@ -17,6 +17,7 @@ from gkd.types import Rollout
 from rollout.cached_teacher import CachedTeacher, Teacher
 from rollout.hf_teacher import HfTeacher, TeacherSettings
 from rollout.idle import IdleClock
+from rollout.signal_store import CacheSettings
 from rollout.vllm_teacher import VllmTeacher, VllmTeacherSettings
 
 _GROUPS_AHEAD = 2
@@ -42,9 +43,7 @@ class TeacherActor:
     """Holds one teacher model. One on transformers never imports vllm, which would break the models built after it."""
 
     def __init__(self, settings: TeacherSettings | VllmTeacherSettings) -> None:
-        on_vllm = isinstance(settings, VllmTeacherSettings)
-        start = partial(VllmTeacher, settings) if on_vllm else partial(HfTeacher, settings)
-        cache = settings.teacher.cache if isinstance(settings, VllmTeacherSettings) else settings.cache
+        start, cache = _starter(settings)
         self._cached = None if cache is None else CachedTeacher(start, cache)
         self._teacher: Teacher = self._cached or start()
 
@@ -54,7 +53,6 @@ class TeacherActor:
 
     def head(self) -> HeadWeights:
         """What turns its hidden states into logits, where it sends such."""
-        assert isinstance(self._teacher, HfTeacher), "vLLM sends none"
         return self._teacher.head()
 
     @ray.method(num_returns=2)
@@ -65,6 +63,13 @@ class TeacherActor:
         num_bytes = sum(signal.num_bytes for signal in signals)
         looked_up = (self._cached.num_looked_up, self._cached.num_found) if self._cached else ()
         return Account(time.perf_counter() - start, num_bytes, *looked_up), signals
+
+
+def _starter(settings: TeacherSettings | VllmTeacherSettings) -> tuple[Callable[[], Teacher], CacheSettings | None]:
+    """What loads the teacher, and where its signals are kept."""
+    if isinstance(settings, VllmTeacherSettings):
+        return partial(VllmTeacher, settings), settings.teacher.cache
+    return partial(HfTeacher, settings), settings.cache
 
 
 class _Teacher:
