@@ -167,7 +167,7 @@ def data_warnings(
         overlong_warning(config, data),
         *template_warnings(config, student, teachers, records),
         *teacher_notes(config, data),
-        *(text_notes(config) if data.block_tokens is not None else []),
+        *(text_notes(config, records) if data.block_tokens is not None else []),
         repeated if used < config.trainer.batch_size else None,
     ]
 

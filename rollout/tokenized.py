@@ -143,7 +143,7 @@ class Encoder:
         return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
 
     def documents(self, texts: Sequence[str]) -> Iterator[Ids]:
-        """Each text as it stands, nothing put before it, and the end token.
+        """Each text as it stands, nothing put before it, and the end token; of an empty one there is none.
 
         Raises:
             UserError: if the tokenizer has no end token.
@@ -151,7 +151,7 @@ class Encoder:
         end = self._eos_token_id()
         for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
             for ids in self._ids(texts[first : first + _DOCUMENTS_AT_ONCE]):
-                yield (*ids, end)
+                yield (*ids, end) if ids else ()
 
     def teacher_prompts(self, records: Sequence[Record]) -> list[Ids | None]:
         """What the teacher is asked in the student's place; None where it is asked the same.
