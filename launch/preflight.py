@@ -112,7 +112,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
         longest_scored_prompt=longest_scored,
-        longest_response=max(response_room, _longest_completion(data), _longest_completion(held_out)),
+        longest_response=max(response_room, data.longest_completion, held_out.longest_completion if held_out else 0),
     )
     warnings = [
         *notes,
@@ -150,11 +150,6 @@ def check_settings(config: Config) -> None:
     check_signal(config)
     check_rewarded(config)
     records_logprobs(config)
-
-
-def _longest_completion(data: TokenizedData | None) -> int:
-    records = data.records if data else ()
-    return max((len(r.completion.response_ids) for r in records if r.completion is not None), default=0)
 
 
 def data_warnings(

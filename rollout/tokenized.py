@@ -64,6 +64,11 @@ class TokenizedData:
         return max(len(prompt) for record in self.records for prompt in record.scored_prompts)
 
     @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest of the dataset's responses; 0 where none is used."""
+        return max((len(r.completion.response_ids) for r in self.records if r.completion is not None), default=0)
+
+    @property
     def num_teacher_prompts(self) -> int:
         """Records in use with a prompt for the teacher alone."""
         return sum(record.teacher_prompt_ids is not None for record in self.records)
