@@ -93,11 +93,14 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
     check_teacher_engines(config, teachers, this_host=False)
     # Without the data, prompts are taken to be as long as they may be, or else as responses.
     longest_prompt = longest_scored = config.data.max_prompt_tokens or config.rollout.max_new_tokens
+    longest_response = max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0)
     if not any(field.startswith("data.train") for field in absent):
         data = tokenize_training(config, records, student, teachers)
         check_ids(config, data, student, teachers, num_tokens, section="train")
         notes += [warning for warning in data_warnings(config, student, teachers, data, records) if warning]
         longest_prompt, longest_scored = data.longest_prompt, data.longest_scored_prompt
+        room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
+        longest_response = max(room, data.longest_completion)
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
@@ -107,7 +110,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
         longest_scored_prompt=longest_scored,
-        longest_response=config.rollout.max_new_tokens,
+        longest_response=longest_response,
     )
     return sizes, notes
 

@@ -118,7 +118,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=longest_prompt,
         longest_scored_prompt=longest_scored,
-        longest_response=max(response_room, _longest_completion(data), _longest_completion(held_out)),
+        longest_response=max(response_room, data.longest_completion, held_out.longest_completion if held_out else 0),
     )
     warnings = [
         *notes,
@@ -162,11 +162,6 @@ def check_settings(config: Config) -> None:
     records_logprobs(config)
 
 
-def _longest_completion(data: TokenizedData | None) -> int:
-    records = data.records if data else ()
-    return max((len(r.completion.response_ids) for r in records if r.completion is not None), default=0)
-
-
 def data_warnings(
     config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], data: TokenizedData, records: Sequence[Record]
 ) -> list[str | None]:
@@ -177,7 +172,7 @@ def data_warnings(
         overlong_warning(config, data),
         *template_warnings(config, student, teachers, records),
         *teacher_notes(config, data),
-        *(text_notes(config) if data.block_tokens is not None else []),
+        *(text_notes(config, records) if data.block_tokens is not None else []),
         repeated if used < config.trainer.batch_size else None,
     ]
 

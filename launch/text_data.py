@@ -5,7 +5,7 @@ from typing import Literal
 
 from gkd.config import Config
 from gkd.errors import UserError
-from rollout.records import Document
+from rollout.records import Document, Record
 from rollout.text_blocks import SHORTEST, text_blocks
 from rollout.tokenized import Encoder, TokenizedData
 
@@ -83,14 +83,16 @@ def _check_evaluation(config: Config, first: Document) -> None:
         )
 
 
-def text_notes(config: Config) -> list[str]:
-    """What is set for prompts and means nothing for text."""
+def text_notes(config: Config, documents: Sequence[Record]) -> list[str]:
+    """What is set for prompts and means nothing for text, and how many documents hold nothing."""
     limits = {
         "max_prompt_tokens": config.data.max_prompt_tokens is not None,
         "overlong": config.data.overlong != "drop",
     }
-    return [
+    notes = [
         f"data.{name} is for prompts: text is cut into blocks of data.text_block_tokens, and nothing of it is too long"
         for name, is_set in limits.items()
         if is_set
     ]
+    empty = sum(document.content == {"text": ""} for document in documents)
+    return [*notes, *([f"{empty} of {len(documents)} documents are empty"] if empty else [])]

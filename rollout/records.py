@@ -87,7 +87,7 @@ class Document:
     origin: Origin
     """Where it comes from."""
     text: str
-    """The whole of it, without an end token."""
+    """The whole of it, without an end token; where it is empty, nothing is learnt from it."""
 
     @property
     def answer(self) -> None:
@@ -234,8 +234,6 @@ def _parse_document(text: Any, source: DataSource, origin: Origin, *, has_teache
     name = source.text_field
     if not isinstance(text, str):
         raise origin.error(f"has a {name} that is no text but {type(text).__name__}.", "Make it a string.")
-    if not text:
-        raise origin.error(f"has an empty {name}.", "Leave the record out.")
     if has_teacher_prompt:
         raise origin.error(
             f"has a {source.teacher_prompt_field}, and plain text is read by the teacher as it is by the student.",

@@ -64,6 +64,11 @@ class TokenizedData:
         return max(len(prompt) for record in self.records for prompt in record.scored_prompts)
 
     @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest of the dataset's responses; 0 where none is used."""
+        return max((len(r.completion.response_ids) for r in self.records if r.completion is not None), default=0)
+
+    @property
     def num_teacher_prompts(self) -> int:
         """Records in use with a prompt for the teacher alone."""
         return sum(record.teacher_prompt_ids is not None for record in self.records)
@@ -143,7 +148,7 @@ class Encoder:
         return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
 
     def documents(self, texts: Sequence[str]) -> Iterator[Ids]:
-        """Each text as it stands, nothing put before it, and the end token.
+        """Each text as it stands, nothing put before it, and the end token; of an empty one there is none.
 
         Raises:
             UserError: if the tokenizer has no end token.
@@ -151,7 +156,7 @@ class Encoder:
         end = self._eos_token_id()
         for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
             for ids in self._ids(texts[first : first + _DOCUMENTS_AT_ONCE]):
-                yield (*ids, end)
+                yield (*ids, end) if ids else ()
 
     def teacher_prompts(self, records: Sequence[Record]) -> list[Ids | None]:
         """What the teacher is asked in the student's place; None where it is asked the same.

@@ -47,7 +47,7 @@ class StudentConfig(Section):
     truncate` the model that is cut, usually the teacher."""
     init: Literal["pretrained", "random", "truncate"] = "pretrained"
     """Where the first weights come from. `truncate`: some of the model's layers are the student (`truncate` below says
-    which). It is written to `init` in the run's folder before the workers start."""
+    which). It is written to `init` in the run's folder before the workers start: all nodes have to see that."""
     truncate: TruncateConfig | None = None
     """With `init: truncate`: the layers that are kept."""
     dropout: bool = False

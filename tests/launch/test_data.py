@@ -120,9 +120,20 @@ def test_limits_of_prompts_change_nothing_and_say_so(text):
     plain = config(text, **SFT)
     limited = config(text, data={"max_prompt_tokens": 3, "overlong": "truncate"}, **SFT)
     assert tokenized(plain, facts()).records == tokenized(limited, facts()).records
-    assert text_notes(plain) == []
-    first, second = text_notes(limited)
+    assert text_notes(plain, read_training(plain)) == []
+    first, second = text_notes(limited, read_training(limited))
     assert "data.max_prompt_tokens" in first and "data.overlong" in second
+
+
+def test_text_without_a_token_is_counted_or_refused(text, tmp_path):
+    some = tmp_path / "some.jsonl"
+    some.write_text('{"text": ""}\n{"text": "ab"}\n{"text": ""}\n')
+    parsed = config({"path": str(some)}, **SFT)
+    assert [r.completion.response_ids for r in tokenized(parsed, facts()).records] == [(3, EOS)]
+    assert text_notes(parsed, read_training(parsed)) == ["2 of 3 documents are empty"]
+    some.write_text('{"text": ""}\n')
+    with pytest.raises(UserError, match="no 2 tokens"):
+        tokenized(parsed, facts())
 
 
 def test_weights_draw_blocks_of_their_sources(text, tmp_path):

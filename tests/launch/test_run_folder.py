@@ -110,6 +110,7 @@ MAY_NOT = {
     "trainer__dtype": "bfloat16",
     "rollout__samples_per_prompt": 4,
     "data__overlong": "truncate",
+    "data__text_block_tokens": 8,
 }
 
 
