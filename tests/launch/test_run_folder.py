@@ -87,6 +87,7 @@ def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
 
 
 MAY_CHANGE = {
+    "teacher__cache": "signals",
     "rollout__num_actors": 2,
     "rollout__tensor_parallel_size": 2,
     "trainer__tokens_per_micro_batch": 64,

@@ -217,6 +217,12 @@ def test_what_the_teacher_wrote_was_generated_and_is_off_policy():
     assert (dataset["tokens/generated"], dataset["rollout/mean_length"]) == (0, None)
 
 
+def test_the_share_that_a_cache_gave_is_recorded_where_it_was_asked():
+    batch = scored([scored_batch(lengths=[(1, 1)])[0].rollout], step=1)
+    assert metrics_of(replace(batch, num_looked_up=4, num_found=3))["teacher/cache_hits"] == 0.75
+    assert "teacher/cache_hits" not in metrics_of(batch)
+
+
 class FakeRank:
     """A rank whose calls are made at once; its part has been pickled, as Ray would."""
 
