@@ -11,12 +11,12 @@ from gkd.divergences.closed_form import Rows, expectation, log_ratio, through_so
 class ToMixture:
     """teacher_factor KL(T || M) + student_factor KL(S || M) with M = weight T + (1 - weight) S.
 
-    The mixture is taken in probability space, never by mixing logits. With u = d/dS of it, up to a constant,
+    The mixture is taken in probability space, never by mixing logits. Its slope with respect to S is
 
-        u = student_factor log(S / M) - (1 - weight) (teacher_factor T + student_factor S) / M,
+        student_factor (log(S / M) + 1) - (1 - weight) (teacher_factor T + student_factor S) / M.
 
-    the gradient in the student's logits is S (u - sum S u). Where the factors are the weights themselves, as in the
-    JSD, the second term is a constant.
+    Up to a constant, which the softmax takes away, the fraction is rest (T - S) / M with rest = teacher_factor - weight
+    (teacher_factor + student_factor): exact also where S is close to T, and nothing for the JSD.
     """
 
     weight: float
@@ -36,10 +36,10 @@ class ToMixture:
     def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
         """[t, V]."""
         mixture_tV = self._mixture(student, teacher)
+        rest = self.teacher_factor - self.weight * (self.teacher_factor + self.student_factor)
         slopes_tV = torch.zeros_like(mixture_tV)
-        if (self.teacher_factor, self.student_factor) != (self.weight, 1 - self.weight):
-            shares_tV = (teacher.p_tV * self.teacher_factor).add_(student.p_tV, alpha=self.student_factor)
-            slopes_tV.sub_(shares_tV.div_(mixture_tV), alpha=1 - self.weight)
+        if rest:
+            slopes_tV.add_((student.p_tV - teacher.p_tV).div_(mixture_tV), alpha=(1 - self.weight) * rest)
         if self.student_factor:
             slopes_tV.add_(log_ratio(student, mixture_tV.log_()), alpha=self.student_factor)
         return through_softmax(student, slopes_tV)
