@@ -1,6 +1,7 @@
 """What is checked of the models before any worker starts. Never imports vllm."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from gkd.config import Config
 from gkd.config.objective import Reserved
@@ -10,6 +11,7 @@ from launch.architecture import Architecture, read_architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
 from launch.self_test import self_test
+from launch.stages import notes_of_each
 from rollout.chat import ChatTemplate
 from rollout.records import ChatRecord, Record
 
@@ -84,9 +86,13 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
         )
     lora = config.student.lora
     adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
+    return architecture, adapter, notes_of_each(config, partial(_self_test, student))
+
+
+def _self_test(student: ModelFacts, config: Config) -> list[str]:
     assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     note = self_test(student.path, config.objective, field="student.model")
-    return architecture, adapter, [note] if note else []
+    return [note] if note else []
 
 
 def check_head_dim(model: ModelFacts, *, field: str) -> None:

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from gkd.config import Config
-from gkd.config.objective import Reserved
 from gkd.scoring import GroupLimits
 from gkd.signals import SignalKind
 from launch.placement import teacher_workers
 from launch.preflight import Facts
 from launch.ray_session import Workers
+from launch.signal_choice import loss_temperature
+from launch.stages import compared_stage
 from rollout.hf_teacher import TeacherSettings
 from rollout.teacher_actor import TeacherActor, TeacherPool
 from rollout.teacher_router import MixedTeachers, Pool, RoutedTeachers
@@ -27,7 +28,6 @@ def start_teachers(config: Config, facts: Facts, workers: Workers) -> list[list[
 
 def teacher_settings(config: Config, facts: Facts) -> list[TeacherSettings]:
     """Of each teacher, where they have workers."""
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     return [
         TeacherSettings(
             name=teacher.name,
@@ -36,7 +36,8 @@ def teacher_settings(config: Config, facts: Facts) -> list[TeacherSettings]:
             rows=facts.rows,
             signal=signal,
             top_k=teacher.top_k,
-            temperature=config.objective.temperature,
+            # Where the stages' temperatures differ, the signal is one that can be brought to each.
+            temperature=loss_temperature(compared_stage(config)),
         )
         for teacher, model, signal in zip(config.all_teachers, facts.teachers, facts.sizes.signals, strict=True)
     ]

@@ -11,16 +11,17 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         NotBuiltYet: for the first such value.
     """
-    objective = config.objective
-    if isinstance(objective, Reserved):
-        raise NotBuiltYet("objective.type", objective.type, "Use another objective.")
+    objectives = [("objective", config.objective)]
+    objectives += [(f"stages.{i}.objective", part.objective) for i, part in enumerate(config.parts)]
+    for field, objective in objectives:
+        if isinstance(objective, Reserved):
+            raise NotBuiltYet(f"{field}.type", objective.type, "Use another objective.")
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("student.init", config.student.init, config.student.init == "truncate", "Use pretrained or random."),
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
         ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),
-        ("stages", config.stages, bool(config.stages), "Run one config after the other."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
         unbuilt += [
