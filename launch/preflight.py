@@ -230,7 +230,9 @@ def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
     if config.all_teachers and not config.needs_teacher:
         objectives = " and ".join(dict.fromkeys(f"the {part.objective.type} objective" for part in config.parts))
-        found.append(f"{objectives} {'have' if ' and ' in objectives else 'has'} no use for a teacher: it is not loaded")
+        found.append(
+            f"{objectives} {'have' if ' and ' in objectives else 'has'} no use for a teacher: it is not loaded"
+        )
     return found
 
 

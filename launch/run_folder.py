@@ -166,13 +166,13 @@ def _refuse_moved_borders(config: Config, before: Sequence[int], completed_steps
     reached = ByStep([(steps, steps) for steps in before]).at(completed_steps)
     for number, stage in enumerate(config.stages[: reached.stage + 1]):
         finished = number < reached.stage
-        if stage.steps != before[number] if finished else stage.steps < reached.step:
+        done = before[number] if finished else reached.step
+        if stage.steps != done if finished else stage.steps < done:
             raise UserError(
                 f"stages.{number}.steps",
                 stage.steps,
-                f"was {before[number]} in the run to be resumed, of which {before[number] if finished else reached.step} "
-                "are done.",
-                f"Set it {'back' if finished else f'to at least {reached.step}'}, or start afresh with run.resume=never.",
+                f"was {before[number]} in the run to be resumed, and {done} of these are done.",
+                f"Set it to {'' if finished else 'at least '}{done}, or start afresh with run.resume=never.",
             )
 
 

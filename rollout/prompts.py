@@ -65,7 +65,6 @@ class PromptStream:
             teacher_prompt_ids=record.teacher_prompt_ids,
         )
 
-
     def epoch_after(self, num_samples: int) -> int:
         """The first epoch of which none of the first `num_samples` samples is."""
         return self._first_epoch + self._order.epochs(-(-num_samples // self._samples_per_prompt))

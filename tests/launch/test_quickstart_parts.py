@@ -71,7 +71,7 @@ def line(step, *, gap):
 def test_both_displays_show_the_numbers(gap, terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=140)
-    with make_display(console, "demo", 2, 5) as display:
+    with make_display(console, "demo", 2, 5, stages=[]) as display:
         for step in (3, 4, 5):
             display.show(line(step, gap=gap))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())

@@ -193,7 +193,7 @@ def test_a_check_of_two_teachers(setup, tmp_path):
     data = records(tmp_path / "a.jsonl", {"teacher_prompt": "abcdefg"}, {"teacher": "narrow"}, {})
     facts = check(parse_config(tree | {"data": {"train": {"path": data}}}))
     assert (facts.rows, facts.num_tokens, len(facts.teachers)) == (18, 18, 2)
-    assert [record.teacher for record in facts.data.records] == ["wide", "narrow", "wide"]
+    assert [record.teacher for record in facts.stages[0].data.records] == ["wide", "narrow", "wide"]
     assert (facts.sizes.longest_prompt, facts.sizes.longest_scored_prompt) == (2, 7)
     assert "1 of 3 records have a prompt for the teacher alone (up to 7 tokens)" in facts.warnings
     assert not any("in vain" in warning for warning in facts.warnings)
@@ -275,7 +275,7 @@ def test_offline_a_teacher_that_is_not_here_is_left_out(setup):
 )  # fmt: skip
 def test_what_may_change_of_teachers_when_a_run_is_resumed(change, refused):
     def state(first):
-        return {"config": config(first, HALF_B).model_dump(mode="json"), "data_fingerprint": "x"}
+        return {"config": config(first, HALF_B).model_dump(mode="json"), "data_fingerprints": ["x"]}
 
     if refused:
         with pytest.raises(UserError, match="may not change"):

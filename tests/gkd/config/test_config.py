@@ -189,7 +189,6 @@ UNBUILT = [
     "objective.type=seq_kd",
     "log.wandb=true",
     "log.trace=true",
-    "stages=[{}]",
 ]
 
 
