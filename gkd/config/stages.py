@@ -81,7 +81,7 @@ class StageConfig(_Overrides):
         return self.model_dump(mode="json", exclude={"name", "steps"})
 
     def applied_to(self, whole: dict[str, Any]) -> dict[str, Any]:
-        """The stage as a config of its own, as long as the stage: `whole`, which may lack sections, with what it sets."""
+        """The stage as a config of its own, and as long: `whole`, which may lack sections, with what the stage sets."""
         tree = {**whole, "stages": [], "trainer": whole["trainer"] | {"max_steps": self.steps}}
         for section, values in self.overrides.items():
             tree[section] = values if section == "objective" else (tree.get(section) or {}) | values
