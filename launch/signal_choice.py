@@ -67,23 +67,23 @@ def _required(config: Config) -> tuple[frozenset[SignalKind], str]:
     """The kinds that serve every stage with a teacher, and whose objectives require them."""
     needed = in_each_stage(config, _required_in_stage)
     asking = [(part, kinds) for part, kinds in zip(config.parts, needed, strict=True) if kinds]
-    names = " and ".join(dict.fromkeys(f"the {part.objective.type} objective" for part, _ in asking))
     if not asking:
-        return frozenset(), names
+        return frozenset(), ""
     common = frozenset.intersection(*(kinds for _, kinds in asking))
+    types = list(dict.fromkeys(part.objective.type for part, _ in asking))
+    who = f"the {types[0]} objective" if len(types) == 1 else f"each of the objectives {' and '.join(types)}"
     temperatures = sorted({loss_temperature(part) for part, _ in asking})
     if len(temperatures) > 1:
         common &= WHOLE_DISTRIBUTION
+        who += f", at the temperatures {' and '.join(f'{t:g}' for t in temperatures)},"
     if not common:
-        each = "; ".join(f"{part.objective.type}: {_listed(kinds)}" for part, kinds in asking)
-        reason = f" at temperatures {', '.join(f'{t:g}' for t in temperatures)}" if len(temperatures) > 1 else ""
         raise UserError(
             "stages",
-            each,
-            f"have objectives that no one signal of the teacher serves{reason}.",
+            "; ".join(f"{part.objective.type}: {_listed(kinds)}" for part, kinds in asking),
+            f"is what the stages require of one teacher: nothing serves {who.rstrip(',')}.",
             "Give them one temperature and objectives that require the same, or run one config after the other.",
         )
-    return common, names
+    return common, who
 
 
 def _required_in_stage(config: Config) -> frozenset[SignalKind]:
