@@ -98,7 +98,8 @@ def _entry(node: Any, name: str, *, above: str, override: str) -> str | int:
 
 def _user_error(errors: list[ErrorDetails], tree: dict[str, Any]) -> UserError:
     """The first error as the user's; several at once are counted."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")  # a typo explains what seems missing
+    # A typo explains what seems missing, and what stages bring is wrong outside of them, too.
+    first = min(errors, key=lambda error: (error["type"] != "extra_forbidden", error["loc"][:1] != ("stages",)))
     if isinstance(failed := first.get("ctx", {}).get("error"), StageError):
         stage = StageConfig.model_validate(tree["stages"][failed.number])
         return in_stage(_user_error(failed.error.errors(), stage.applied_to(tree)), failed.number, stage)

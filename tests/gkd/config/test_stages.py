@@ -108,6 +108,9 @@ MISTAKES = [
     ([("stages.1.objective", {"type": "rl_gkd", "divergence": {"type": "forward_kl"}})], "reward", "in stages.1"),
     ([("teacher", None)], "teacher", "in stages.1"),
     ([("trainer.num_ranks", 5)], "trainer.batch_size", "in stages.0"),
+    ([("trainer.learning_rate", None), ("stages.0.trainer", {"learning_rate": -1})],
+     "stages.0.trainer.learning_rate", "greater than 0"),
+    ([("stages", "warm")], "stages", "valid list"),
     ([("eval.every_steps", 2)], "eval.every_steps", "nothing to evaluate on"),
 ]  # fmt: skip
 
