@@ -114,8 +114,9 @@ class Student:
 
     def _enter(self, at: InStage[StageSettings]) -> None:
         """Begin a stage. One that compares with no teacher is spared the teacher that the student can be."""
-        settings, teacher = self._settings, self._teacher if at.value.objective.needs_teacher else self._sent
-        batches = MicroBatches(self._forward, teacher, rows=settings.rows)
+        settings, batches = self._settings, self._batches
+        if not at.value.objective.needs_teacher:
+            batches = MicroBatches(self._forward, self._sent, rows=settings.rows)
         self._stage_number = at.stage
         self._stage = Stage(at.value, self._engine, batches, seed=stage_seed(settings.seed, at.stage))
 

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,12 @@ from launch.memory import GIB, Sizes, estimate
 from launch.offline import check_offline
 from launch.placement import needed_places, plan_placement
 from launch.preflight import check
-from launch.run_folder import _refuse_changes
+from launch.run_folder import _refuse_changes, run_state
 from launch.signal_choice import check_signal, choose_signals
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, student_top_k, teacher_settings
 from rollout.teacher_actor import TeacherPool
 from rollout.teacher_router import MixedTeachers, RoutedTeachers
+from trainer.checkpoint import Checkpoint
 
 A, B = {"name": "a", "model": "x"}, {"name": "b", "model": "y"}
 HALF_A, HALF_B = A | {"weight": 1}, B | {"weight": 3}
@@ -274,11 +276,10 @@ def test_offline_a_teacher_that_is_not_here_is_left_out(setup):
                             ({"weight": 2}, True)],
 )  # fmt: skip
 def test_what_may_change_of_teachers_when_a_run_is_resumed(change, refused):
-    def state(first):
-        return {"config": config(first, HALF_B).model_dump(mode="json"), "data_fingerprints": ["x"]}
-
+    before = Checkpoint(Path("step_1"), 1, run_state(config(HALF_A, HALF_B), ["x"]))
+    now = config(HALF_A | change, HALF_B)
     if refused:
         with pytest.raises(UserError, match="may not change"):
-            _refuse_changes(state(HALF_A), state(HALF_A | change))
+            _refuse_changes(before, now, ["x"])
     else:
-        _refuse_changes(state(HALF_A), state(HALF_A | change))
+        _refuse_changes(before, now, ["x"])

@@ -87,7 +87,7 @@ def test_every_response_token_counts_and_no_prompt_token(model):
         return ObjectiveOutput(loss_T=loss, mask_T=inputs.mask_T)
 
     student = Student(student_settings(model, rows=18))
-    student._step._objective = recording
+    student._stage._step._objective = recording
     batch = scored_batch(rows=18)
     report = step(student, 1, batch)
     assert report.num_tokens == sum(response for _, response in PACKING_LENGTHS)

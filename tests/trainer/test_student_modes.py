@@ -177,8 +177,8 @@ def test_tokens_outside_the_loss_mask_do_not_count(model):
     batch = [masked(s) for s in BATCHES[0]]
     seen = []
     student = Student(student_settings(model, rows=18))
-    objective = student._step._objective
-    student._step._objective = lambda inputs: (seen.append((inputs, output := objective(inputs))), output)[1]
+    objective = student._stage._step._objective
+    student._stage._step._objective = lambda inputs: (seen.append((inputs, output := objective(inputs))), output)[1]
     report = step(student, 1, batch)
     assert (
         report.num_tokens
