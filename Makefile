@@ -6,7 +6,7 @@ BIN   := $(VENV)/bin
 STAMP := $(VENV)/.installed-$(EXTRA)
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: setup quickstart test test-all lint format bench bench-quality clean
+.PHONY: setup quickstart test test-all lint format bench bench-quality bench-truncation clean
 
 setup: $(STAMP)
 
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed-bench
 # Hours, in parts: finished runs are kept. ARGS="--minutes 60" bounds a part.
 bench-quality: $(STAMP)
 	$(BIN)/python -m benchmarks.quality $(ARGS)
+
+bench-truncation: $(STAMP)
+	$(BIN)/python -m benchmarks.truncation $(ARGS)
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -57,6 +57,10 @@ class ScoredGroup:
     """How long the teacher worked on it."""
     num_bytes: int
     """Size of the signals."""
+    num_looked_up: int = 0
+    """Signals that may have been in a teacher's cache: those of given text, where there is a cache."""
+    num_found: int = 0
+    """How many of those were, and cost the teacher nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,7 +76,7 @@ class ScoredBatch:
     signals: tuple[SignalRef | None, ...]
     """One handle per group; None where no teacher is asked."""
     rollout_s: float
-    """From dispatch to the last rollout; 0 where the student wrote none."""
+    """From dispatch to the last rollout; 0 where no engine wrote any."""
     teacher_s: float
     """Working time of the teacher on these groups."""
     rollout_wait_s: float
@@ -81,6 +85,10 @@ class ScoredBatch:
     """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
     """Size of the signals."""
+    num_looked_up: int = 0
+    """As `ScoredGroup.num_looked_up`."""
+    num_found: int = 0
+    """As `ScoredGroup.num_found`."""
     rewards: tuple[float, ...] | None = None
     """One per rollout, in their order; None where there is no reward function."""
     stage: int = 0
@@ -106,7 +114,7 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class Rollouts(Protocol):
-    """The rollout engines, as the pipeline sees them."""
+    """The engines that write responses, as the pipeline sees them."""
 
     def connect(self, post: Post, deliver: Callable[[Rollout], None]) -> None:
         """Say where finished rollouts go: `deliver` is called through `post`, once for each."""

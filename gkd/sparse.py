@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gkd.logits import CHUNK_TOKENS, Logits, raised
+from gkd.logits import Logits, chunk_tokens, raised
 from gkd.signals import SampledLogprobs, TopK
 
 
@@ -24,6 +24,7 @@ def top_k_signal(
         k: how many of the teacher's most probable tokens.
         temperature: of the loss.
         student_ids_TM: [T, M] int64, what the student thought most probable, -1 where nothing; None for nothing at all.
+            Ids of V and above are left out: the student's head may have rows that the teacher's has not.
     """
     chunks = [
         _top_k(log_p_tV, ids_t, student_tM, k)
@@ -55,7 +56,7 @@ def _chunks(
     logits: Logits, response_ids_T: torch.Tensor, temperature: float, student_ids_TM: torch.Tensor | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Log-probabilities [t, V] with what belongs to their tokens; at least one chunk, if an empty one."""
-    size = CHUNK_TOKENS[logits.device.type]
+    size = chunk_tokens(logits.num_rows, logits.device.type)
     for first in range(0, max(logits.num_tokens, 1), size):
         span = slice(first, min(first + size, logits.num_tokens))
         log_p_tV = (raised(logits.rows(span)) / temperature).log_softmax(-1)
@@ -69,7 +70,7 @@ def _top_k(
     sampled_t1 = ids_t.unsqueeze(-1)
     chosen = [log_p_tV.topk(min(k, log_p_tV.shape[-1]), dim=-1).indices, sampled_t1]
     if student_tM is not None:
-        chosen.append(student_tM)
+        chosen.append(student_tM.masked_fill(student_tM >= log_p_tV.shape[-1], -1))
     ids_tC, _ = torch.cat(chosen, dim=-1).sort(dim=-1)
     none_tC = ids_tC < 0
     none_tC[:, 1:] |= ids_tC[:, 1:] == ids_tC[:, :-1]

@@ -11,8 +11,8 @@ import numpy as np
 
 from gkd.signals import TeacherSignal
 
-Source = Literal["student", "dataset"]
-"""Who wrote a response: the student (on-policy) or the dataset (off-policy)."""
+Source = Literal["student", "dataset", "teacher"]
+"""Who wrote a response: the student (on-policy), or the dataset or the teacher (off-policy)."""
 
 StopReason = Literal["stop", "length", "dataset"]
 """Why a response ends: a stop token was sampled; the length limit cut it; the dataset's record ends there."""
@@ -79,7 +79,7 @@ class Rollout:
     source: Source
     """Who wrote it."""
     versions: tuple[int, int] | None
-    """(min, max) weight version (completed optimizer steps) while it was generated; None for dataset text."""
+    """(min, max) weight version (completed optimizer steps) of the student that wrote it; None for any other text."""
     logprobs: tuple[float, ...] | None = None
     """T log-probabilities of the sampled tokens under the raw sampler distribution, in nats, where asked for."""
     top_ids: np.ndarray | None = field(default=None, compare=False)

@@ -46,10 +46,25 @@ def read_architecture(path: str, *, field: str) -> Architecture:
     Raises:
         UserError: if its config describes no model that can be built.
     """
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path)
+    return architecture_of(AutoConfig.from_pretrained(path), path=path, field=field)
+
+
+def architecture_of(config: Any, *, path: str, field: str) -> Architecture:
+    """Likewise, of a model that need not be on disk.
+
+    Args:
+        config: what it is built from.
+        path: folder or hub name of the model that the config is of, or was made from, for messages.
+        field: the config field that named it, for messages.
+
+    Raises:
+        UserError: if its config describes no model that can be built.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)

@@ -8,18 +8,18 @@ import ray
 
 from gkd.advantages import advantages
 from gkd.config import Config
-from gkd.config.objective import BuiltObjective, Reserved, RlGkdObjective, terms_of_type
-from gkd.interfaces import Scores
+from gkd.config.objective import RlGkdObjective, terms_of_type
+from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
 from gkd.stages import stage_seed
-from gkd.types import Prompt, SampleId
+from gkd.types import Prompt, Rollout, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
 from launch.stages import by_step, compared_stage
-from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, student_top_k
+from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
 from launch.wire import wire_between
-from rollout.mixer import Mixer
+from rollout.mixer import Mixer, from_dataset
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
@@ -27,12 +27,14 @@ from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.stages import StagedMixer, StagedTeachers
 from rollout.teacher_router import Pool
+from rollout.teacher_text import TeacherText
+from rollout.tokenized import TokenizedData
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
 from rollout.weights.choice import Wire
 from trainer.best import Best
 from trainer.deepspeed_engine import EngineSettings
-from trainer.evaluator import Divergence, Evaluator, ExactMatch, HeldOut, NoScores
+from trainer.evaluator import CrossEntropy, Divergence, Evaluator, ExactMatch, HeldOut, NoScores
 from trainer.loop import Parts, Span
 from trainer.lora import LoraSettings
 from trainer.records import Records
@@ -78,13 +80,14 @@ def build_parts(
         if config.needs_engine
         else []
     )
+    writers = start_writers(config, facts, workers)
     rewards = _rewards(config, facts, workers)
     timeout_s = config.rollout.timeout_s
     workers.wait_ready(timeout_s)
 
     learner = Learner(
         ranks,
-        rules=by_step(config, [BatchRules(_objective(part).reduction, _advantages(part)) for part in config.parts]),
+        rules=by_step(config, [BatchRules(part.objective.reduction, _advantages(part)) for part in config.parts]),
         tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
         timeout_s=timeout_s,
     )
@@ -98,7 +101,7 @@ def build_parts(
     return Parts(
         pipeline=Pipeline(
             StagedMixer(by_step(config, _mixers(config, facts))),
-            rollout_pool if config.needs_rollouts else NoRollouts(),
+            _responses(config, rollout_pool, writers),
             _asked(config, scores),
             rewards,
             first_step=start.completed_steps + 1,
@@ -125,6 +128,14 @@ def _asked(config: Config, scores: Pool | None) -> StagedTeachers:
     """The teachers in the stages that compare with them."""
     asked, none = scores or NoTeacher(), NoTeacher()
     return StagedTeachers(by_step(config, [asked if part.needs_teacher else none for part in config.parts]))
+
+
+def _responses(config: Config, students: RolloutPool, writers: Sequence[Any]) -> Rollouts:
+    """Who writes the samples that are not the dataset's."""
+    if config.teacher_writes:
+        [teacher], timeout_s = config.all_teachers, config.rollout.timeout_s
+        return TeacherText(RolloutPool(writers, max_concurrent=teacher.max_concurrent, timeout_s=timeout_s))
+    return students if config.needs_rollouts else NoRollouts()
 
 
 def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoRewards:
@@ -193,12 +204,14 @@ def _evaluator(
     config: Config, facts: Facts, engines: RolloutPool, scores: Scores, learner: Learner
 ) -> Callable[[int], dict[str, float]]:
     measures: list[Callable[[], dict[str, float]]] = []
-    held_out = _held_out(facts)
+    if "cross_entropy" in config.measured and facts.held_out is not None:
+        measures.append(CrossEntropy(_given(facts.held_out), learner))
+    held_out = _held_out(facts) if config.asks_held_out else None
     if held_out is not None and "exact_match" in config.measured:
         stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
         measures.append(ExactMatch(held_out, engines, lambda ids: decode([i for i in ids if i not in stop_ids])))
     if held_out is not None and "divergence" in config.measured:
-        objective = _objective(compared_stage(config))
+        objective = compared_stage(config).objective
         divergence = Divergence(
             held_out,
             engines,
@@ -252,6 +265,15 @@ def _held_out(facts: Facts) -> HeldOut | None:
     )
 
 
+def _given(held_out: TokenizedData) -> list[Rollout]:
+    """The held-out data's own completions or text."""
+    return [
+        from_dataset(Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion=r.completion))
+        for r in held_out.records
+        if r.completion is not None
+    ]
+
+
 def _mixers(config: Config, facts: Facts) -> list[Mixer]:
     """One for each stage. Epochs are counted on from stage to stage, so that no two samples of a run are the same."""
     mixers, first_epoch = [], 0
@@ -260,8 +282,8 @@ def _mixers(config: Config, facts: Facts) -> list[Mixer]:
         stream = PromptStream(
             stage.data.records,
             seed=seed,
-            # Only what the student writes differs between the samples of a prompt.
-            samples_per_prompt=part.rollout.samples_per_prompt if part.needs_rollouts else 1,
+            # Only what an engine writes differs between the samples of a prompt.
+            samples_per_prompt=part.rollout.samples_per_prompt if part.generates else 1,
             weights=part.data.weights,
             first_epoch=first_epoch,
         )
@@ -271,7 +293,8 @@ def _mixers(config: Config, facts: Facts) -> list[Mixer]:
                 stream,
                 seed=seed,
                 batch_size=part.trainer.batch_size,
-                on_policy_fraction=part.on_policy_fraction,
+                # A teacher that writes does so in the student's place.
+                on_policy_fraction=1.0 if part.teacher_writes else part.on_policy_fraction,
                 mixing=part.data.mixing,
                 max_new_tokens=part.rollout.max_new_tokens,
                 limits=scoring_limits(part),
@@ -287,7 +310,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         model=facts.student.path,
         # The first sync brings the weights in any case; reading them from disk as well is only for models whose
         # checkpoints hold more than their trained weights.
-        load_weights=config.student.init == "pretrained",
+        load_weights=config.student.init != "random",
         seed=config.run.seed,
         temperature=config.rollout.temperature,
         top_p=config.rollout.top_p,
@@ -297,7 +320,7 @@ def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: boo
         dtype=config.trainer.dtype,
         tensor_parallel_size=config.rollout.tensor_parallel_size,
         adapter=None if lora is None else AdapterShape(r=lora.r, alpha=lora.alpha),
-        vocabulary=facts.num_tokens,
+        vocabulary=facts.rows,
         stop_ids=facts.stop_ids,
         logprobs=facts.record_logprobs,
         top_ids=student_top_k(config, facts),
@@ -317,18 +340,12 @@ def _connect(rank_0: Any, engines: Sequence[Any], *, gpus_per_engine: int, timeo
     ray.get([*joining, rank_0.connect_wire.remote()], timeout=timeout_s)
 
 
-def _objective(config: Config) -> BuiltObjective:
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
-    return config.objective
-
-
 def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettings:
     trainer = config.trainer
-    assert config.student.init != "truncate", "refused when the config was loaded"
     bucket_bytes = int(config.sync.bucket_mib * 2**20)
     return StudentSettings(
         model=facts.student.path,
-        init=config.student.init,
+        init="random" if config.student.init == "random" else "pretrained",  # a truncated one is on disk by now
         seed=config.run.seed,
         dropout=config.student.dropout,
         lora=lora_settings(config),
@@ -353,7 +370,7 @@ def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettin
 
 def _stage_settings(config: Config) -> StageSettings:
     return StageSettings(
-        objective=_objective(config),
+        objective=config.objective,
         learning_rate=config.trainer.learning_rate,
         lr_schedule=config.trainer.lr_schedule,
         warmup_steps=config.trainer.warmup_steps,

@@ -15,6 +15,7 @@ from launch.plan_table import plan_table
 from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
+from launch.signal_cache import not_stored, scored_texts
 from launch.stages import stage_names
 from launch.wire import wire_between
 from rollout.tokenized import TokenizedData
@@ -72,15 +73,27 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
         return [("student", config.student.model), ("teacher", "\n".join(_teachers(config, ())))]
     student = facts.student
     return [
-        ("student", f"{student.path} ({student.head_rows:,} rows, {config.student.init} weights)"),
+        ("student", f"{student.path} ({student.head_rows:,} rows, {_first_weights(config, facts)})"),
         ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
-        ("training records", _each(config, [_counts(stage.data) for stage in facts.stages])),
-        ("longest prompt", _each(config, [f"{stage.data.longest_prompt:,} tokens" for stage in facts.stages])),
+        *_of_the_records(config, [stage.data for stage in facts.stages]),
+        *_of_the_caches(config, facts),
+    ]
+
+
+def _of_the_records(config: Config, stages: Sequence[TokenizedData]) -> list[tuple[str, str]]:
+    if all(data.block_tokens is not None for data in stages):
+        blocks = [f"{len(data.records):,} blocks of {data.block_tokens:,} tokens" for data in stages]
+        return [("training text", _each(config, blocks))]
+    return [
+        ("training records", _each(config, [_counts(data) for data in stages])),
+        ("longest prompt", _each(config, [f"{data.longest_prompt:,} tokens" for data in stages])),
     ]
 
 
 def _counts(data: TokenizedData) -> str:
+    if data.block_tokens is not None:
+        return f"{len(data.records):,} blocks of {data.block_tokens:,} tokens"
     return f"{len(data.records):,} used, {data.num_overlong:,} too long"
 
 
@@ -90,9 +103,24 @@ def _each(config: Config, texts: Sequence[str]) -> str:
     return "\n".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True)) if names else texts[0]
 
 
+def _first_weights(config: Config, facts: Facts) -> str:
+    """Where the student's first weights come from."""
+    if config.student.init == "truncate":
+        return f"truncated to {facts.sizes.student.num_layers} layers"
+    return f"{config.student.init} weights"
+
+
+def _of_the_caches(config: Config, facts: Facts) -> list[tuple[str, str]]:
+    texts = scored_texts(config, [stage.data for stage in facts.stages])
+    if not any(facts.caches) or not texts:
+        return []
+    num_stored = len(texts) - len(not_stored(facts.caches, texts))
+    return [("samples in the caches", f"{num_stored:,} of {len(texts):,}")]
+
+
 def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:
     """A line for each teacher."""
-    if not config.needs_teacher:
+    if not config.uses_teacher:
         return ["none"]
     lines = [_OF_THE_STUDENT.get(teacher.backend, teacher.model) for teacher in config.all_teachers]
     if found:

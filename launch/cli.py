@@ -66,6 +66,20 @@ def check(
     run_check(parsed, Console(), offline=offline)
 
 
+@app.command()
+def score(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Let the teachers of CONFIG score the dataset's text into teacher.cache, for runs that then need no teacher.
+
+    Goes on where it was stopped.
+    """
+    from gkd.config import load_config
+
+    parsed = load_config(config, overrides)
+    from launch.score import run_score
+
+    run_score(parsed, Console())
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The student: a folder in Hugging Face format, or a hub name.")],

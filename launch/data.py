@@ -10,7 +10,8 @@ from gkd.errors import UserError
 from gkd.vocabulary import tokenizer_size
 from launch.hub import use_hub_or_cache
 from launch.models import ModelFacts
-from rollout.records import Record, TeacherKeys, read_records
+from launch.text_data import tokenize_text
+from rollout.records import Record, TeacherKeys, documents_of, read_records
 from rollout.tokenized import Encoder, Limits, TeacherRoom, TokenizedData, TokenizedRecord, tokenize
 
 
@@ -51,7 +52,7 @@ def _read(config: Config, section: Literal["train", "eval"], *, need_completions
 
 def teacher_keys(config: Config) -> TeacherKeys:
     """What is read of the records for teachers."""
-    return TeacherKeys(prompts=config.needs_teacher, routes=config.routes)
+    return TeacherKeys(prompts=config.uses_teacher, routes=config.routes)
 
 
 def path_field(section: str, number: int, sources: Sequence[DataSource]) -> str:
@@ -67,13 +68,19 @@ def tokenize_training(
     Raises:
         UserError: if a record cannot be encoded, or nothing of a source that is needed fits.
     """
-    data = tokenize(
-        records,
-        _encoder(config, student),
-        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.needs_rollouts else 1),
-        student_prompts=config.needs_rollouts,
-        completions=config.needs_completions,
-    )
+    encoder = _encoder(config, student)
+    if documents := documents_of(records):
+        context = _context(student, teachers)
+        data = tokenize_text(config, documents, encoder, context=context, section="train")
+    else:
+        room = config.rollout.max_new_tokens if config.generates else 1
+        data = tokenize(
+            records,
+            encoder,
+            limits=_limits(config, student, teachers, room=room),
+            student_prompts=config.generates,
+            completions=config.needs_completions,
+        )
     missing = set(range(len(config.data.train))) - {record.source for record in data.records}
     if config.data.weights is not None and missing:
         number = min(missing)
@@ -89,18 +96,40 @@ def tokenize_training(
 def tokenize_held_out(
     config: Config, records: Sequence[Record], student: ModelFacts, teachers: Sequence[ModelFacts]
 ) -> TokenizedData:
-    """The held-out prompts that evaluation uses, as token ids; their right answers are compared as text.
+    """The held-out prompts that evaluation uses, as token ids; their right answers are compared as text. With the
+    completions, or text, where their cross-entropy is measured.
 
     Raises:
-        UserError: if a record cannot be encoded, or nothing fits.
+        UserError: if a record cannot be encoded, nothing fits, or there is nothing to measure with.
     """
-    return tokenize(
-        records[: config.eval.limit],
-        _encoder(config, student),
-        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens),
+    records, encoder = records[: config.eval.limit], _encoder(config, student)
+    if documents := documents_of(records):
+        return tokenize_text(config, documents, encoder, context=_context(student, teachers), section="eval")
+    data = tokenize(
+        records,
+        encoder,
+        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.asks_held_out else 1),
         student_prompts=True,
-        completions=False,
+        completions="cross_entropy" in config.measured,
     )
+    _check_held_out(config, [records[record.index].answer for record in data.records], data)
+    return data
+
+
+def _check_held_out(config: Config, answers: Sequence[str | None], data: TokenizedData) -> None:
+    """What is compared with the data's own answers needs some."""
+    without = {
+        "exact_match": all(answer is None for answer in answers),
+        "cross_entropy": all(record.completion is None for record in data.records),
+    }
+    for metric in config.measured:
+        if without.get(metric):
+            raise UserError(
+                "eval.metrics",
+                config.eval.metrics,
+                f"include {metric}, and no record of {config.data.eval[0].path} has a completion to compare with.",
+                "Add completions, or measure the divergence alone.",
+            )
 
 
 def _encoder(config: Config, student: ModelFacts) -> Encoder:
@@ -114,7 +143,7 @@ def _encoder(config: Config, student: ModelFacts) -> Encoder:
 
 def _limits(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, room: int) -> Limits:
     """What fits the models' context beside `room` response tokens."""
-    context = min(model.context for model in (student, *teachers))
+    context = _context(student, teachers)
     longest = context - room
     if longest < 1:
         raise UserError(
@@ -140,12 +169,17 @@ def _limits(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts],
     )
 
 
+def _context(student: ModelFacts, teachers: Sequence[ModelFacts]) -> int:
+    """Most tokens that all models read at once."""
+    return min(model.context for model in (student, *teachers))
+
+
 def _teacher_room(
     config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, response: int
 ) -> TeacherRoom | None:
     """A teacher that is the student has the student's context."""
     context = min((teacher.context for teacher in teachers), default=student.context)
-    return TeacherRoom(context=context, response=response) if config.needs_teacher else None
+    return TeacherRoom(context=context, response=response) if config.uses_teacher else None
 
 
 def check_ids(

@@ -79,6 +79,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
     if request.teacher is not None:
         teacher = read_model(request.teacher, field="--teacher", need_weights=True)
         num_tokens = shared_tokens(student.tokenizer, teacher.tokenizer, teacher_path=teacher.path, field="--teacher")
+    rows = shared_rows(student.head_rows, teacher.head_rows if teacher else None, num_tokens)
     data = tokenize_prompts(
         records,
         [student, teacher] if teacher else [student],
@@ -95,7 +96,7 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
             settings = engine_settings(
                 student,
                 data,
-                num_tokens=num_tokens,
+                num_tokens=rows,
                 max_new_tokens=request.max_new_tokens,
                 temperature=request.temperature,
                 top_p=1.0,
@@ -107,7 +108,6 @@ def run_eval(request: EvalRequest, console: Console) -> dict[str, float | int | 
             engine = workers.start("rollout", RolloutActor, settings)
             scorer = None
             if teacher is not None:
-                rows = shared_rows(student.head_rows, teacher.head_rows, num_tokens)
                 scorer = _Scorer(workers, student, teacher, divergence, rows)
             with console.status(f"{request.model}: starting {', '.join(names)}"):
                 workers.wait_ready(TIMEOUT_S)

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from gkd.config import Config, load_config
 from gkd.errors import UserError
-from launch.models import read_model
+from launch.models import ModelFacts, read_model
 from launch.outputs import check_new_folder
+from launch.student_start import init_folder
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -36,7 +37,7 @@ def run_export(run: Path, output: Path, *, which: str, form: str, console: Conso
     form = _form(config, form)
     check_new_folder(output, field="OUTPUT")
     output = output.absolute()
-    student = read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
+    student = _first_student(run, config)
     with console.status(f"{config.run.name}: step {chosen.step} to {output}"):
         temporary = output.with_name(f"{output.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
@@ -44,6 +45,13 @@ def run_export(run: Path, output: Path, *, which: str, form: str, console: Conso
         shutil.rmtree(output, ignore_errors=True)
         temporary.rename(output)
     console.print(f"{config.run.name}: step {chosen.step} ({form}) is in {output}")
+
+
+def _first_student(run: Path, config: Config) -> ModelFacts:
+    """What the run began with, whose weights a checkpoint replaces."""
+    if config.student.init == "truncate":
+        return read_model(str(init_folder(run)), field="RUN", need_weights=True)
+    return read_model(config.student.model, field="student.model", need_weights=config.student.init != "random")
 
 
 def _checkpoint(run: Path, which: str) -> Checkpoint:
@@ -83,11 +91,10 @@ def _write(config: Config, chosen: Checkpoint, path: str, form: str, folder: Pat
     from trainer.student_model import load_student
     from trainer.weights import checkpoint_weights
 
-    assert config.student.init != "truncate", "refused when the config was loaded"
     model = load_student(
         path,
         dtype=config.trainer.dtype,
-        init=config.student.init,
+        init="random" if config.student.init == "random" else "pretrained",
         seed=config.run.seed,
         lora=lora_settings(config),
         gradient_checkpointing=False,

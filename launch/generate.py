@@ -29,7 +29,7 @@ from launch.single_engine import (
     response_text,
     tokenize_prompts,
 )
-from rollout.records import ChatRecord, Record
+from rollout.records import ChatRecord, Record, TextRecord
 from rollout.rollout_actor import RolloutActor
 from rollout.tokenized import TokenizedData
 
@@ -153,8 +153,9 @@ def to_line(rollout: Rollout, record: Record, model: ModelFacts) -> dict[str, An
         "prompt_index": rollout.id.prompt_index,
         "sample_index": rollout.id.sample_index,
     }
-    if not isinstance(record, ChatRecord):
+    if isinstance(record, TextRecord):
         return {"prompt": record.prompt, "completion": text} | about
+    assert isinstance(record, ChatRecord), "plain text is refused when it is read"
     answered_before = record.messages[-1]["role"] == "assistant"
     asked = record.messages[:-1] if answered_before else record.messages
     return {"messages": [*asked, {"role": "assistant", "content": text}]} | about

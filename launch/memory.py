@@ -7,14 +7,16 @@ precision, R ranks, T response tokens, V vocabulary rows.
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
 
 from gkd.config import Config
-from gkd.config.divergence import ForwardKl, ReverseKl
+from gkd.config.divergence import CustomDivergence
 from gkd.config.models import TeacherConfig
-from gkd.config.objective import MomentMatchingObjective, SftObjective, terms_of_type
+from gkd.config.objective import MomentMatchingObjective, SeqKdObjective, SftObjective, terms_of_type
+from gkd.config.rollout import RolloutConfig
+from gkd.divergences.closed_form import block_tokens
 from gkd.logits import tokens_at_once
 from gkd.signals import SignalKind
 from launch.architecture import Architecture
@@ -54,7 +56,7 @@ class Need:
     """The memory of one kind of worker."""
 
     worker: str
-    """`trainer`, `rollout`, `teacher` (`launch.placement`), or `object store`: host memory that all share."""
+    """As in `launch.placement`, or `object store`: host memory that all share."""
     num: int
     """How many there are."""
     parts: dict[str, int]
@@ -91,7 +93,11 @@ def _needs(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
         parts = _rollout(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
     for worker, teacher, scorer in zip(teacher_workers(config), config.all_teachers, _scorers(sizes), strict=False):
-        needs.append(Need(worker=worker, num=teacher.num_actors, parts=_teacher(config, teacher, scorer, sizes)))
+        parts = _teacher(config, teacher, scorer, sizes, on_gpu=on_gpu)
+        needs.append(Need(worker=worker, num=teacher.num_actors, parts=parts))
+    if config.teacher_writes and sizes.teachers:
+        [teacher], parts = config.all_teachers, _writer(config, sizes, on_gpu=on_gpu)
+        needs.append(Need(worker="teacher_rollout", num=teacher.num_actors, parts=parts))
     if config.reward is not None:
         needs.append(Need(worker="reward", num=1, parts={}))  # beside what the user's function needs
     if not on_gpu:
@@ -108,7 +114,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - optimizer: 8 n for AdamW's two moments, over R with ZeRO 1-3
     - master weights: 4 n, over R likewise. ZeRO keeps them even where the weights are float32 already
     - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
-    - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time
+    - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time, and
+      those of a block of which a divergence is made
     - moving average: 4 n, and n w beside it where w is not 4, whole on every rank
     - critics: 16 bytes a parameter (float32, its gradient, AdamW's moments), whole on every rank
     - weight buckets: one gathered and one packed
@@ -134,8 +141,9 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
         parts["activations"] = student.num_layers * positions * student.hidden_size * width + per_layer
     else:
         parts["activations"] = student.num_layers * per_layer
-    at_once = tokens_at_once(responses, sizes.rows, "cuda" if on_gpu else "cpu")
-    parts["logits"] = 4 * at_once * sizes.rows * _logit_tensors(config)
+    device_type = "cuda" if on_gpu else "cpu"
+    at_once = tokens_at_once(responses, sizes.rows, device_type)
+    parts["logits"] = 4 * sizes.rows * _logit_rows(config, at_once, block_tokens(sizes.rows, device_type))
     if config.needs_teacher and any(teacher.backend == "student_ema" for teacher in config.all_teachers):
         parts["moving average"] = trained * (4 if trainer.dtype == "float32" else 4 + width)
     matching = terms_of_type(config.objective, MomentMatchingObjective)
@@ -164,12 +172,14 @@ def _activations(model: Architecture, positions: int, width: int) -> int:
     return positions * (16 * model.hidden_size + 4 * model.intermediate_size) * width
 
 
-def _logit_tensors(config: Config) -> int:
-    """Float32 [t, V] tensors at the peak of objective and backward pass, both models' logits included; measured."""
-    if isinstance(config.objective, SftObjective):
-        return 5
+def _logit_rows(config: Config, tokens: int, of_block: int) -> int:
+    """Float32 rows [V] at the peak of objective and backward pass, both models' logits included; measured."""
+    if isinstance(config.objective, SftObjective | SeqKdObjective) and not config.objective.compares:
+        return 5 * tokens
     divergence = getattr(config.objective, "divergence", None)
-    return 10 if isinstance(divergence, ForwardKl | ReverseKl) else 15
+    if divergence is None or isinstance(divergence, CustomDivergence):
+        return 15 * tokens
+    return 6 * tokens + 8 * min(tokens, of_block)
 
 
 def _critic_parameters(objective: MomentMatchingObjective, sizes: Sizes) -> int:
@@ -182,22 +192,36 @@ def _critic_parameters(objective: MomentMatchingObjective, sizes: Sizes) -> int:
 
 
 def _rollout(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
-    """One GPU of an engine, or one engine on a CPU host.
+    """One GPU of an engine of the student's, or one engine on a CPU host."""
+    student = replace(sizes.student, num_parameters=sizes.student.num_parameters + sizes.adapter)
+    longest = sizes.longest_prompt + sizes.longest_response
+    return _engine(config, config.rollout, student, dtype=config.trainer.dtype, longest=longest, on_gpu=on_gpu)
+
+
+def _writer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """The same of a teacher that writes."""
+    [teacher], longest = config.all_teachers, sizes.longest_scored_prompt + sizes.longest_response
+    return _engine(config, teacher, sizes.teachers[0], dtype=teacher.dtype, longest=longest, on_gpu=on_gpu)
+
+
+def _engine(
+    config: Config, own: RolloutConfig | TeacherConfig, model: Architecture, *, dtype: str, longest: int, on_gpu: bool
+) -> dict[str, int]:
+    """One GPU of an engine that writes responses, or one engine on a CPU host.
 
     - weights: P w, over the GPUs of the engine
     - key-value cache: on a CPU host as configured. On a GPU, where the engine takes `gpu_memory_utilization` in any
       case, what its share of the prompts in flight needs at full length
     """
-    width, gpus = _BYTES[config.trainer.dtype], config.rollout.tensor_parallel_size
-    weights = (sizes.student.num_parameters + sizes.adapter) * width // gpus
+    width, gpus = _BYTES[dtype], own.tensor_parallel_size
+    weights = model.num_parameters * width // gpus
     if not on_gpu:
-        return {"weights": weights, "key-value cache": int(config.rollout.kv_cache_gib * GIB)}
+        return {"weights": weights, "key-value cache": int(own.kv_cache_gib * GIB)}
     in_flight = config.trainer.batch_size * (1 + config.sync.max_staleness)
-    sequences = min(config.rollout.max_concurrent, ceil(in_flight / config.rollout.num_actors))
-    tokens = sequences * (sizes.longest_prompt + sizes.longest_response)
+    sequences = min(own.max_concurrent, ceil(in_flight / own.num_actors))
     return {
         "weights": weights,
-        "key-value cache": tokens * sizes.student.cache_numbers_per_token * width // gpus,
+        "key-value cache": sequences * longest * model.cache_numbers_per_token * width // gpus,
     }
 
 
@@ -209,17 +233,21 @@ def _scorers(sizes: Sizes) -> list[Scorer]:
     return list(zip(sizes.teachers, sizes.signals, strict=False))
 
 
-def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> dict[str, int]:
-    """One worker of a teacher.
+def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
+    """One worker of a teacher, or one GPU of one on vLLM.
 
-    - weights: P w
+    - weights: P w, over the GPUs
+    - key-value cache: of vLLM alone. As configured on a CPU host, else what the largest batch needs, over the GPUs
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
     - signals: of T tokens, twice: as computed and as sent
     """
-    width = _BYTES[teacher.dtype]
+    width, gpus = _BYTES[teacher.dtype], teacher.tensor_parallel_size if teacher.on_vllm else 1
     positions, responses = _scoring_batch(config, teacher, sizes)
-    return {
-        "weights": scorer[0].num_parameters * width,
+    parts = {"weights": scorer[0].num_parameters * width // gpus}
+    if teacher.on_vllm:
+        needed = positions * scorer[0].cache_numbers_per_token * width // gpus
+        parts["key-value cache"] = needed if on_gpu else int(teacher.kv_cache_gib * GIB)
+    return parts | {
         "activations": _activations(scorer[0], positions, width),
         "signals": 2 * responses * _signal_bytes(teacher, scorer, sizes),
     }

@@ -4,14 +4,16 @@ from collections.abc import Sequence
 from functools import partial
 
 from gkd.config import Config
-from gkd.config.objective import Reserved
+from gkd.config.models import TeacherConfig
+from gkd.config.rollout import RolloutConfig
 from gkd.errors import UserError
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
-from launch.architecture import Architecture, read_architecture
+from launch.architecture import Architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
 from launch.self_test import self_test
 from launch.stages import notes_of_each
+from launch.student_start import student_architecture
 from rollout.chat import ChatTemplate
 from rollout.records import ChatRecord, Record
 
@@ -25,11 +27,11 @@ def read_student(config: Config) -> ModelFacts:
     Raises:
         UserError: if it cannot be read.
     """
-    return read_model(config.student.model, field="student.model", need_weights=config.student.init == "pretrained")
+    return read_model(config.student.model, field="student.model", need_weights=config.student.init != "random")
 
 
 def read_teachers(config: Config) -> list[ModelFacts]:
-    """All teachers, where they are models of their own; else none.
+    """All teachers, where they are of use and models of their own; else none.
 
     Raises:
         UserError: if one cannot be read.
@@ -38,10 +40,10 @@ def read_teachers(config: Config) -> list[ModelFacts]:
 
 
 def teacher_models(config: Config) -> list[tuple[str, str]]:
-    """Config field and model of the teachers that workers run."""
+    """Config field and model of the teachers that workers run, to score or to write."""
     pairs = zip(config.teacher_fields, config.all_teachers, strict=True)
     models = [(f"{field}.model", teacher.model) for field, teacher in pairs if teacher.model is not None]
-    return models if config.needs_teacher_workers else []
+    return models if config.needs_teacher_workers or config.teacher_writes else []
 
 
 def shared_vocabulary(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> int:
@@ -77,9 +79,9 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
     Raises:
         UserError: for the first thing that it cannot.
     """
-    if config.needs_engine and this_host:
-        check_head_dim(student, field="student.model")
-    architecture = read_architecture(student.path, field="student.model")
+    if config.needs_engine:
+        check_engine(student, config.rollout, model="student.model", section="rollout", this_host=this_host)
+    architecture = student_architecture(config, student)
     if config.trainer.gradient_checkpointing and not architecture.recomputes:
         raise UserError(
             "trainer.gradient_checkpointing", True, f"is unknown to {architecture.name}.", "Set it to false."
@@ -90,9 +92,47 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
 
 
 def _self_test(student: ModelFacts, config: Config) -> list[str]:
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     note = self_test(student.path, config.objective, field="student.model")
     return [note] if note else []
+
+
+def check_teacher_engines(config: Config, teachers: Sequence[ModelFacts], *, this_host: bool) -> None:
+    """Whether vLLM can run those teachers that it has to.
+
+    Raises:
+        UserError: for the first that it cannot.
+    """
+    for section, own, teacher in zip(config.teacher_fields, config.all_teachers, teachers, strict=False):
+        if own.on_vllm or config.teacher_writes:
+            check_engine(teacher, own, model=f"{section}.model", section=section, this_host=this_host)
+
+
+def check_engine(
+    facts: ModelFacts, own: RolloutConfig | TeacherConfig, *, model: str, section: str, this_host: bool
+) -> None:
+    """Whether vLLM can run a model.
+
+    Args:
+        facts: of the model.
+        own: how its engines are configured.
+        model: the config field that named the model, for messages.
+        section: the config section of `own`, for messages.
+        this_host: whether this host has to run it.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    gpus, heads = own.tensor_parallel_size, facts.num_heads
+    if heads is not None and heads % gpus:
+        fitting = ", ".join(str(size) for size in range(1, heads + 1) if heads % size == 0)
+        raise UserError(
+            f"{section}.tensor_parallel_size",
+            gpus,
+            f"does not divide the {heads} attention heads of {model}.",
+            f"Use one of {fitting}.",
+        )
+    if this_host:
+        check_head_dim(facts, field=model)
 
 
 def check_head_dim(model: ModelFacts, *, field: str) -> None:

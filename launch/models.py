@@ -25,6 +25,8 @@ class ModelFacts:
     """Tokens that end a response, from the tokenizer, the config and the generation config."""
     tokenizer: Any
     """Its tokenizer."""
+    num_heads: int | None = None
+    """Attention heads, over which tensor parallelism spreads it; None for architectures without attention."""
 
 
 def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
@@ -44,7 +46,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").exists():
         raise UserError(field, path, "holds no config.json.", "Give a folder in Hugging Face format.")
-    if need_weights and folder.is_dir() and not _weight_files(folder):
+    if need_weights and folder.is_dir() and not weight_files(folder):
         raise UserError(
             field,
             path,
@@ -71,6 +73,7 @@ def read_model(path: str, *, field: str, need_weights: bool) -> ModelFacts:
         head_dim=head_width(text),
         stop_ids=frozenset(i for i in _stop_ids(path, text, tokenizer) if i < tokenizer_size(tokenizer)),
         tokenizer=tokenizer,
+        num_heads=getattr(text, "num_attention_heads", None),
     )
 
 
@@ -80,7 +83,8 @@ def head_width(config: Any) -> int | None:
     return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else None)
 
 
-def _weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path) -> list[Path]:
+    """The files of a model's weights."""
     return [p for pattern in ("*.safetensors", "pytorch_model*.bin") for p in folder.glob(pattern)]
 
 

@@ -1,7 +1,7 @@
 """What an objective needs of a run beside a teacher, and what is worth knowing of it."""
 
 from gkd.config import Config
-from gkd.config.objective import Reserved, RlGkdObjective, terms_of_type
+from gkd.config.objective import RlGkdObjective, terms_of_type
 from gkd.errors import UserError
 from gkd.objectives import build_objective
 from gkd.objectives.base import Objective
@@ -62,7 +62,6 @@ def objective_notes(config: Config) -> list[str]:
 
 
 def _objective(config: Config) -> Objective:
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     return build_objective(config.objective)
 
 

@@ -12,6 +12,7 @@ from launch.data import check_ids, path_field, teacher_keys, tokenize_training
 from launch.memory import Sizes
 from launch.model_checks import (
     check_student,
+    check_teacher_engines,
     read_student,
     read_teachers,
     shared_head_rows,
@@ -87,10 +88,11 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
     student = read_student(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
+    check_teacher_engines(config, teachers, this_host=False)
     unused = iter(records)
     found = in_each_stage(config, lambda part: _check_data(part, next(unused), student, teachers, num_tokens))
     shown = iter(found)
-    rows = shared_head_rows(student, teachers, num_tokens)
+    rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
         teachers=teacher_architectures,
@@ -99,7 +101,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=max(data.longest_prompt for data in found),
         longest_scored_prompt=max(data.longest_scored_prompt for data in found),
-        longest_response=config.rollout.max_new_tokens,
+        longest_response=max(data.longest_response for data in found),
     )
     return sizes, [*notes, *notes_of_each(config, lambda _: next(shown).notes)]
 
@@ -125,6 +127,7 @@ class _StageData:
 
     longest_prompt: int
     longest_scored_prompt: int
+    longest_response: int
     notes: tuple[str, ...] = ()
 
 
@@ -137,11 +140,17 @@ def _check_data(
 ) -> _StageData:
     if records is None:  # prompts are taken to be as long as they may be, or else as responses
         longest = config.data.max_prompt_tokens or config.rollout.max_new_tokens
-        return _StageData(longest, longest)
+        return _StageData(longest, longest, max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0))
     data = tokenize_training(config, records, student, teachers)
     check_ids(config, data, student, teachers, num_tokens, section="train")
     notes = data_warnings(config, student, teachers, data, records)
-    return _StageData(data.longest_prompt, data.longest_scored_prompt, tuple(note for note in notes if note))
+    room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
+    return _StageData(
+        longest_prompt=data.longest_prompt,
+        longest_scored_prompt=data.longest_scored_prompt,
+        longest_response=max(room, data.longest_completion),
+        notes=tuple(note for note in notes if note),
+    )
 
 
 def _model_is_here(name: str) -> bool:

@@ -1,6 +1,7 @@
 """Which worker gets which resources, and whether they all fit, before anything starts."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,8 @@ class Place:
     """One worker's share of the machine."""
 
     worker: str
-    """`rollout`, `teacher`, `trainer` or `reward`; of several teachers with the teacher's name after it."""
+    """`rollout`, `teacher`, `teacher_rollout` (a teacher that writes), `trainer` or `reward`; of several teachers with
+    the teacher's name after it."""
     num_cpus: float
     """CPU share that Ray books for it."""
     num_gpus: float
@@ -40,12 +42,17 @@ def needed_places(config: Config) -> list[Place]:
     workers = ["trainer"] * config.trainer.num_ranks
     if config.needs_engine:
         workers += ["rollout"] * config.rollout.num_actors
+    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
     if config.needs_teacher_workers:
         for name, teacher in zip(teacher_workers(config), config.all_teachers, strict=True):
             workers += [name] * teacher.num_actors
+            gpus[name] = teacher.tensor_parallel_size if teacher.on_vllm else 1
+    if config.teacher_writes:
+        [teacher] = config.all_teachers
+        workers += ["teacher_rollout"] * teacher.num_actors
+        gpus["teacher_rollout"] = teacher.tensor_parallel_size
     if config.reward is not None:
         workers.append("reward")
-    gpus = {"rollout": config.rollout.tensor_parallel_size, "reward": 0}
     return [Place(worker, 1, gpus.get(worker, 1)) for worker in workers]
 
 
@@ -64,7 +71,15 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
     Raises:
         UserError: if the workers do not fit.
     """
-    places = needed_places(config)
+    return fit_places(needed_places(config), num_cpus, num_gpus)
+
+
+def fit_places(places: Sequence[Place], num_cpus: float, num_gpus: float) -> list[Place]:
+    """The places of workers, as `plan_placement` has them for those of a run.
+
+    Raises:
+        UserError: if the workers do not fit.
+    """
     workers = [place.worker for place in places]
     if num_gpus == 0:
         share = min(1.0, int(100 * num_cpus / len(workers)) / 100)
@@ -83,4 +98,4 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
         raise UserError(
             "resources", f"{num_cpus:g} CPUs", f"are too few for {len(workers)} workers.", "Use a host with more cores."
         )
-    return places
+    return list(places)

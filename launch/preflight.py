@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from gkd.config import Config
-from gkd.errors import UserError
 from launch.architecture import read_architecture
 from launch.data import (
     check_ids,
@@ -18,6 +17,7 @@ from launch.data import (
 from launch.memory import Sizes, estimate, memory_warning
 from launch.model_checks import (
     check_student,
+    check_teacher_engines,
     host_has_gpu,
     read_student,
     read_teachers,
@@ -31,9 +31,12 @@ from launch.outputs import check_folder
 from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
-from launch.signal_choice import check_signal, choose_signals
+from launch.signal_cache import cache_notes, check_caches
+from launch.signal_choice import check_signal, choose_signals, signal_notes
 from launch.stages import in_each_stage, notes_of_each
+from launch.text_data import text_notes
 from rollout.records import Record, fingerprint
+from rollout.signal_store import CacheSettings
 from rollout.tokenized import TokenizedData, TokenizedRecord
 
 
@@ -58,7 +61,7 @@ class Facts:
     student: ModelFacts
     """The student."""
     teachers: tuple[ModelFacts, ...]
-    """All teachers, where they are models of their own; else none."""
+    """All teachers, where they are of use and models of their own; else none."""
     stages: tuple[StageFacts, ...]
     """Of each stage; a run without stages is one."""
     eval_records: list[Record]
@@ -66,9 +69,9 @@ class Facts:
     held_out: TokenizedData | None
     """The held-out records that evaluation uses, where the run is evaluated; their indices are those of the records."""
     num_tokens: int
-    """Ids below this mean a token, the same to student and teachers; no others are sampled."""
+    """Ids below this mean a token, the same to student and teachers."""
     rows: int
-    """Vocabulary rows in the loss."""
+    """Vocabulary rows in the loss; no other ids are sampled, for whoever reads them need not have them."""
     stop_ids: tuple[int, ...]
     """Tokens that end a rollout."""
     answered: tuple[TokenizedRecord, ...]
@@ -77,6 +80,8 @@ class Facts:
     """Longest of those prompts with its longest response; 0 where no engine runs."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
+    caches: tuple[CacheSettings | None, ...]
+    """Where the workers of each teacher keep signals of given text; None where they do not."""
     record_logprobs: bool
     """Whether the rollout engines record the sampled tokens' log-probabilities."""
     warnings: tuple[str, ...]
@@ -104,6 +109,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     student, teachers = read_student(config), read_teachers(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
+    check_teacher_engines(config, teachers, this_host=this_host)
 
     unread = iter(records)
     stages = in_each_stage(config, lambda part: _stage_facts(part, next(unread), student, teachers, num_tokens))
@@ -111,12 +117,12 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
-        _check_answers(config, [eval_records[record.index].answer for record in held_out.records])
-    asked = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
-    answered = (*(record for data in asked for record in data.records), *(held_out.records if held_out else ()))
-    response_room = config.rollout.max_new_tokens if config.needs_engine else 0
+    written = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
+    asked = held_out.records if held_out and config.asks_held_out else ()
+    answered = (*(record for data in written for record in data.records), *asked)
+    response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     read = [*(stage.data for stage in stages), *([held_out] if held_out else ())]
-    rows = shared_head_rows(student, teachers, num_tokens)
+    rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
     sizes = Sizes(
         student=architecture,
@@ -126,7 +132,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         signals=choose_signals(config, teacher_architectures, rows=rows),
         longest_prompt=max(data.longest_prompt for data in read),
         longest_scored_prompt=max(data.longest_scored_prompt for data in read),
-        longest_response=max(response_room, *(_longest_completion(stage.data) for stage in stages)),
+        longest_response=max(response_room, *(data.longest_completion for data in read)),
     )
     found = iter(stages)
     warnings = [
@@ -134,9 +140,12 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         *notes_of_each(config, lambda _: next(found).notes),
         *_warnings(config, student, teachers),
         *notes_of_each(config, objective_notes),
+        *signal_notes(config),
+        *cache_notes(config),
         _length_note(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
+    caches = check_caches(config, teachers, sizes.signals, rows=rows)
     return Facts(
         student=student,
         teachers=tuple(teachers),
@@ -147,8 +156,9 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         rows=rows,
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
-        max_model_len=max((len(record.prompt_ids) for record in answered), default=0) + response_room,
+        max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
         sizes=sizes,
+        caches=caches,
         record_logprobs=any(in_each_stage(config, records_logprobs)),
         warnings=tuple(warning for warning in warnings if warning is not None),
     )
@@ -162,11 +172,11 @@ def _stage_facts(
     num_tokens: int,
 ) -> StageFacts:
     """What is known of the data of one stage, of which `config` is the config."""
-    data = tokenize_training(config, records, student, teachers if config.needs_teacher else ())
+    data = tokenize_training(config, records, student, teachers if config.uses_teacher else ())
     check_ids(config, data, student, teachers, num_tokens, section="train")
     if config.reward is not None:
         check_reward(config.reward, records, data.records, student.tokenizer)
-    notes = data_warnings(config, student, teachers if config.needs_teacher else (), data, records)
+    notes = data_warnings(config, student, teachers if config.uses_teacher else (), data, records)
     return StageFacts(
         data=data,
         references=tuple(record.answer for record in records),
@@ -187,48 +197,36 @@ def check_settings(config: Config) -> None:
     in_each_stage(config, records_logprobs)
 
 
-def _check_answers(config: Config, answers: Sequence[str | None]) -> None:
-    """Where answers are to be compared, there are right ones."""
-    if "exact_match" in config.measured and all(answer is None for answer in answers):
-        raise UserError(
-            "eval.metrics",
-            config.eval.metrics,
-            f"include exact_match, and no record of {config.data.eval[0].path} has a completion to compare with.",
-            "Add completions, or measure the divergence alone.",
-        )
-
-
-def _longest_completion(data: TokenizedData) -> int:
-    return max((len(r.completion.response_ids) for r in data.records if r.completion is not None), default=0)
-
-
 def data_warnings(
     config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], data: TokenizedData, records: Sequence[Record]
 ) -> list[str | None]:
     """What is worth knowing of the data; None where there is nothing."""
-    used = len(data.records) * (config.rollout.samples_per_prompt if config.needs_rollouts else 1)
+    used = len(data.records) * (config.rollout.samples_per_prompt if config.generates else 1)
     repeated = f"trainer.batch_size = {config.trainer.batch_size}: a step uses some records several times"
     return [
         overlong_warning(config, data),
         *template_warnings(config, student, teachers, records),
         *teacher_notes(config, data),
+        *(text_notes(config, records) if data.block_tokens is not None else []),
         repeated if used < config.trainer.batch_size else None,
     ]
 
 
 def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> list[str]:
     found: list[str] = []
+    if config.teacher_writes and not (student.stop_ids | teachers[0].stop_ids):
+        found.append("neither model has a stop token: every response will be cut at rollout.max_new_tokens")
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
+    ends = "what the teacher writes ends at either" if config.teacher_writes else "rollouts end at the student's"
     for name, teacher in zip(teacher_workers(config), teachers, strict=False):
         if teacher.stop_ids != student.stop_ids:
             found.append(
-                f"stop tokens differ: student {sorted(student.stop_ids)}, {name} {sorted(teacher.stop_ids)}; "
-                "rollouts end at the student's"
+                f"stop tokens differ: student {sorted(student.stop_ids)}, {name} {sorted(teacher.stop_ids)}; {ends}"
             )
     if config.needs_rollouts and config.rollout.temperature < 0.5:
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
-    if config.all_teachers and not config.needs_teacher:
+    if config.all_teachers and not config.uses_teacher:
         objectives = " and ".join(dict.fromkeys(f"the {part.objective.type} objective" for part in config.parts))
         found.append(
             f"{objectives} {'have' if ' and ' in objectives else 'has'} no use for a teacher: it is not loaded"

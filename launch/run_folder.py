@@ -16,10 +16,14 @@ from launch.stages import naming, stage_names
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
+_OF_TEACHERS = {
+    "num_actors", "tokens_per_batch", "sequences_per_batch", "tensor_parallel_size", "max_concurrent", "kv_cache_gib",
+    "gpu_memory_utilization", "cache",
+}  # fmt: skip
 _MAY_CHANGE = {
     "run": {"name", "output_dir", "resume"},
-    "teacher": {"name", "num_actors", "tokens_per_batch", "sequences_per_batch"},
-    "teachers": {"num_actors", "tokens_per_batch", "sequences_per_batch"},
+    "teacher": {"name", *_OF_TEACHERS},
+    "teachers": _OF_TEACHERS,
     "rollout": {
         "num_actors", "max_restarts", "timeout_s", "tensor_parallel_size", "max_concurrent", "kv_cache_gib",
         "gpu_memory_utilization", "record_logprobs",

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from gkd.config.objective import BuiltObjective, DistillObjective
+from gkd.config.divergence import DivergenceConfig
+from gkd.config.objective import BuiltObjective, DistillObjective, SeqKdObjective
 from gkd.errors import UserError
 from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs, build_objective
@@ -63,8 +64,8 @@ def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None
             raise UserError(
                 field, path, f"cannot be trained on packed responses: {_reason(error)}.", "Use another architecture."
             ) from None
-        if isinstance(objective, DistillObjective):
-            _check_zero(forward, objective)
+        if isinstance(objective, DistillObjective | SeqKdObjective) and objective.divergence is not None:
+            _check_zero(forward, objective, objective.divergence)
     return None
 
 
@@ -79,7 +80,9 @@ def _is_causal(model: Any) -> bool:
     return torch.allclose(before, after, atol=1e-4)
 
 
-def _check_zero(forward: ResponseForward, config: DistillObjective) -> None:
+def _check_zero(
+    forward: ResponseForward, config: DistillObjective | SeqKdObjective, divergence: DivergenceConfig
+) -> None:
     objective = build_objective(config)
     rows = forward.num_head_rows
     sequences = [torch.randint(0, rows, (prompt + response,)).tolist() for prompt, response in _LENGTHS]
@@ -105,16 +108,15 @@ def _check_zero(forward: ResponseForward, config: DistillObjective) -> None:
     weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths))
     loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
     if not abs(loss.item()) <= _TOLERANCE:
-        raise _wrong(config, f"is {loss.item():.3g}")
+        raise _wrong(divergence, f"is {loss.item():.3g}")
     loss.backward()
     assert student_TV.grad is not None
     gradient = student_TV.grad.abs().max().item()
     if not gradient <= _TOLERANCE:
-        raise _wrong(config, f"has a gradient of {gradient:.3g}")
+        raise _wrong(divergence, f"has a gradient of {gradient:.3g}")
 
 
-def _wrong(config: DistillObjective, found: str) -> UserError:
-    divergence = config.divergence
+def _wrong(divergence: DivergenceConfig, found: str) -> UserError:
     return UserError(
         "objective.divergence",
         getattr(divergence, "path", divergence.type),

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from gkd.config import Config
 from gkd.config.models import TeacherConfig
-from gkd.config.objective import Reserved
 from gkd.errors import UserError
 from gkd.objectives import build_objective
 from gkd.signals import ANY_DISTRIBUTION, WHOLE_DISTRIBUTION, SignalKind
@@ -87,13 +86,11 @@ def _required(config: Config) -> tuple[frozenset[SignalKind], str]:
 
 
 def _required_in_stage(config: Config) -> frozenset[SignalKind]:
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     return build_objective(config.objective).requires
 
 
 def loss_temperature(config: Config) -> float:
     """Of a stage."""
-    assert not isinstance(config.objective, Reserved), "refused when the config was loaded"
     return config.objective.temperature
 
 
@@ -125,10 +122,25 @@ def _possible(field: str, teacher: TeacherConfig, required: frozenset[SignalKind
     if asked not in required:
         raise UserError(f"{field}.signal", asked, f"is not what {who} requires.", f"Use {_listed(possible)}.")
     if asked not in possible:
+        other = ", or the backend hf" if teacher.on_vllm else ""
         raise UserError(
-            f"{field}.signal", asked, f"is not what a teacher on {backend} provides.", f"Use {_listed(possible)}."
+            f"{field}.signal",
+            asked,
+            f"is not what a teacher on {backend} provides.",
+            f"Use {_listed(possible)}{other}.",
         )
     return frozenset({SignalKind(asked)})
+
+
+def signal_notes(config: Config) -> list[str]:
+    """Where `signal: auto` loses something, because the backend can send no more."""
+    of_each = zip(config.teacher_fields, config.all_teachers, check_signal(config), strict=False)
+    return [
+        f"{field}.signal = auto: vLLM sends no whole distributions, so it is top_k: the {teacher.top_k} tokens that "
+        "the teacher finds most probable and some of the student's, all others in one bucket"
+        for field, teacher, kinds in of_each
+        if teacher.on_vllm and teacher.signal == "auto" and kinds == {SignalKind.TOP_K}
+    ]
 
 
 def choose_signals(config: Config, teachers: Sequence[Architecture], *, rows: int) -> tuple[SignalKind, ...]:

@@ -10,7 +10,7 @@ from gkd.types import Prompt, Rollout
 from launch.models import ModelFacts
 from launch.placement import Place
 from launch.ray_session import resources
-from rollout.records import Record, read_records
+from rollout.records import Record, documents_of, read_records
 from rollout.rollout_actor import generate
 from rollout.tokenized import Encoder, Limits, TokenizedData, tokenize
 from rollout.vllm_generator import GeneratorSettings
@@ -27,7 +27,10 @@ def read_prompts(data: Path, *, limit: int | None) -> list[Record]:
     Raises:
         UserError: for the first thing that cannot be used.
     """
-    return read_records(DataSource(path=str(data)), number=0, field="--data", need_completions=False)[:limit]
+    records = read_records(DataSource(path=str(data)), number=0, field="--data", need_completions=False)[:limit]
+    if documents := documents_of(records):
+        raise documents[0].origin.error("is plain text, which asks nothing.", "Give records with prompts.")
+    return records
 
 
 def tokenize_prompts(

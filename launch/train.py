@@ -5,6 +5,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -20,6 +21,7 @@ from launch.preflight import check
 from launch.ray_session import Workers, joins_cluster, ray_session, resources
 from launch.run_folder import find_start, mark_export, prepare
 from launch.stages import stage_names
+from launch.student_start import first_student
 from launch.wire import wire_between
 from trainer.loop import train
 
@@ -52,6 +54,7 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
         places = plan_placement(config, *resources())
         wire_between(config, places)
         prepare(config, start)
+        facts = replace(facts, student=first_student(config, facts.student))
         if start.checkpoint is not None:
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
         with open_workers(places) as workers, _stop_on_signal(console) as stop_requested:

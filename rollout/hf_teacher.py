@@ -14,6 +14,7 @@ from gkd.response_forward import ResponseForward
 from gkd.signals import FullLogits, HiddenStates, SignalKind, TeacherSignal
 from gkd.sparse import sampled_signal, top_k_signal
 from gkd.types import Rollout
+from rollout.signal_store import CacheSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class TeacherSettings:
     """Of a sparse signal: its own most probable tokens."""
     temperature: float = 1.0
     """Of the loss: sparse signals are made at it."""
+    cache: CacheSettings | None = None
+    """Where signals of given text are kept; None: nowhere."""
 
 
 class HfTeacher:

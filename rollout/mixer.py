@@ -22,7 +22,7 @@ class StepPlan:
     samples: tuple[SampleId, ...]
     """Every sample, in the order of the batch."""
     on_policy: tuple[Prompt, ...]
-    """Prompts that the student answers."""
+    """Prompts that an engine answers: the student's, or the teacher's where that one writes all responses."""
     off_policy: tuple[Rollout, ...]
     """Samples whose response is the dataset's."""
     groups: tuple[tuple[SampleId, ...], ...]

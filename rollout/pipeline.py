@@ -168,7 +168,7 @@ class Pipeline:
         step = self._step_of.pop(rollout.id)
         assembly = self._assemblies[step]
         assembly.rollouts[rollout.id] = rollout
-        if rollout.source == "student":
+        if rollout.source != "dataset":
             assembly.rollout_s = time.perf_counter() - assembly.started
         group = assembly.group_of[rollout.id]
         assembly.missing[group] -= 1
@@ -211,6 +211,8 @@ class Pipeline:
             rollout_wait_s=self._idle_s[0] - before[0],
             teacher_wait_s=self._idle_s[1] - before[1],
             signal_bytes=sum(group.num_bytes for group in scored),
+            num_looked_up=sum(group.num_looked_up for group in scored),
+            num_found=sum(group.num_found for group in scored),
             rewards=_in_order(assembly),
         )
 

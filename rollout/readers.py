@@ -109,14 +109,14 @@ def _split_of(saved: Any, source: DataSource, field: str) -> Any:
 def _used(source: DataSource, columns: list[str], field: str) -> list[str]:
     """The columns that a record is made of, so that no others are decoded."""
     known = (source.prompt_field, source.completion_field, source.messages_field)
-    used = [c for c in (*known, source.teacher_prompt_field, source.teacher_field) if c in columns]
-    if source.prompt_field not in used and source.messages_field not in used:
+    used = [c for c in (*known, source.text_field, source.teacher_prompt_field, source.teacher_field) if c in columns]
+    if not {source.prompt_field, source.messages_field, source.text_field}.intersection(used):
         raise UserError(
             field,
             source.path,
-            f"has no column {source.prompt_field!r} and no column {source.messages_field!r}; it has: "
+            f"has no column {source.prompt_field!r}, {source.messages_field!r} or {source.text_field!r}; it has: "
             f"{', '.join(columns)}.",
-            "Name the columns with prompt_field, completion_field or messages_field.",
+            "Name the columns with prompt_field, completion_field, messages_field or text_field.",
         )
     return used
 

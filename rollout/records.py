@@ -80,7 +80,37 @@ class ChatRecord:
         return list(self.messages)
 
 
-Record = TextRecord | ChatRecord
+@dataclass(frozen=True, slots=True)
+class Document:
+    """`{"text": str}`: a document to learn as it stands. Nobody is asked anything."""
+
+    origin: Origin
+    """Where it comes from."""
+    text: str
+    """The whole of it, without an end token; where it is empty, nothing is learnt from it."""
+
+    @property
+    def answer(self) -> None:
+        """Nothing would be a right answer."""
+        return None
+
+    @property
+    def teacher_prompt(self) -> None:
+        """The teacher reads what the student reads."""
+        return None
+
+    @property
+    def teacher(self) -> None:
+        """Blocks of text are scored by all teachers."""
+        return None
+
+    @property
+    def content(self) -> Any:
+        """All that training may use of it, as JSON can hold it."""
+        return {"text": self.text}
+
+
+Record = TextRecord | ChatRecord | Document
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +148,12 @@ def read_records(
         for place, row in rows(source, field=field)
     ]
     if not records:
-        raise UserError(field, source.path, "holds no records.", 'Write one {"prompt": ...} or {"messages": ...} each.')
+        raise UserError(
+            field,
+            source.path,
+            "holds no records.",
+            'Write {"prompt": ...}, {"messages": ...} or {"text": ...} each.',
+        )
     name = source.teacher_prompt_field
     is_default = name == DataSource.model_fields["teacher_prompt_field"].default
     if keys.prompts and not is_default and all(record.teacher_prompt is None for record in records):
@@ -126,6 +161,25 @@ def read_records(
             field, source.path, f"has no record with a {name}.", "Correct teacher_prompt_field, or remove it."
         )
     return records
+
+
+def documents_of(records: Sequence[Record]) -> list[Document]:
+    """The records, if they are plain text; else none.
+
+    Raises:
+        UserError: if some are and some are not, naming the first that is unlike those before it.
+    """
+    documents = [record for record in records if isinstance(record, Document)]
+    if documents and len(documents) < len(records):
+        is_text = isinstance(records[0], Document)
+        odd = next(record for record in records if isinstance(record, Document) != is_text)
+        raise odd.origin.error(
+            "has a prompt, and what comes before it is plain text."
+            if is_text
+            else "is plain text, and what comes before it has prompts.",
+            "Use plain text alone, or prompts alone: in one file, and in all sources of a section.",
+        )
+    return documents
 
 
 def fingerprint(records: Iterable[Record]) -> str:
@@ -151,12 +205,14 @@ def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: boo
         if privileged is not None:
             privileged = _parse_teacher_turns(privileged, turns, source, origin, need_completion=need_completion)
         return ChatRecord(origin, turns, privileged, teacher)
-    prompt = row.get(source.prompt_field)
+    prompt, text = row.get(source.prompt_field), row.get(source.text_field)
+    if (prompt is None or prompt == "") and text is not None:
+        return _parse_document(text, source, origin, has_teacher_prompt=privileged is not None)
     if prompt is None or prompt == "":
         raise origin.error(
-            f"has no {source.prompt_field} and no {source.messages_field}.",
-            'Each record needs {"prompt": "some text"} or {"messages": [...]}; prompt_field and messages_field name '
-            "other keys.",
+            f"has no {source.prompt_field} and no {source.messages_field}, nor a {source.text_field}.",
+            'Each record needs {"prompt": "some text"}, {"messages": [...]} or {"text": "some text"}; prompt_field, '
+            "messages_field and text_field name other keys.",
         )
     completion = row.get(source.completion_field)
     texts = {
@@ -172,6 +228,18 @@ def _parse(row: Any, source: DataSource, origin: Origin, *, need_completion: boo
     if privileged == "":
         raise origin.error(f"has an empty {source.teacher_prompt_field}.", _FOR_TEACHER)
     return TextRecord(origin, prompt, completion, privileged, teacher)
+
+
+def _parse_document(text: Any, source: DataSource, origin: Origin, *, has_teacher_prompt: bool) -> Document:
+    name = source.text_field
+    if not isinstance(text, str):
+        raise origin.error(f"has a {name} that is no text but {type(text).__name__}.", "Make it a string.")
+    if has_teacher_prompt:
+        raise origin.error(
+            f"has a {source.teacher_prompt_field}, and plain text is read by the teacher as it is by the student.",
+            "Leave the key out, or give a prompt and a completion.",
+        )
+    return Document(origin, text)
 
 
 def _parse_route(name: Any, key: str, origin: Origin, routes: Sequence[str]) -> str | None:

@@ -4,6 +4,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -12,35 +14,62 @@ from gkd.head import HeadWeights
 from gkd.interfaces import GroupKey, Post, ScoredGroup, SignalRef
 from gkd.signals import TeacherSignal
 from gkd.types import Rollout
+from rollout.cached_teacher import CachedTeacher, Teacher
 from rollout.hf_teacher import HfTeacher, TeacherSettings
 from rollout.idle import IdleClock
+from rollout.signal_store import CacheSettings
+from rollout.vllm_teacher import VllmTeacher, VllmTeacherSettings
 
 _GROUPS_AHEAD = 2
 """Groups queued at an actor: it goes on while the driver handles the group before."""
 
 
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What the driver is told of a scored group."""
+
+    seconds: float
+    """Time that it took."""
+    num_bytes: int
+    """Size of the signals."""
+    num_looked_up: int = 0
+    """Samples whose signal may have been on disk; 0 where the teacher has no cache."""
+    num_found: int = 0
+    """How many of those were."""
+
+
 @ray.remote
 class TeacherActor:
-    """Holds one teacher model."""
+    """Holds one teacher model. One on transformers never imports vllm, which would break the models built after it."""
 
-    def __init__(self, settings: TeacherSettings) -> None:
-        self._teacher = HfTeacher(settings)
+    def __init__(self, settings: TeacherSettings | VllmTeacherSettings) -> None:
+        start, cache = _starter(settings)
+        self._cached = None if cache is None else CachedTeacher(start, cache)
+        self._teacher: Teacher = self._cached or start()
 
     def ready(self) -> bool:
-        """Returns once the model is loaded."""
+        """Returns once the model is loaded; with a cache, once that is read."""
         return True
 
     def head(self) -> HeadWeights:
-        """What turns its hidden states into logits."""
+        """What turns its hidden states into logits, where it sends such."""
         return self._teacher.head()
 
     @ray.method(num_returns=2)
-    def score(self, rollouts: Sequence[Rollout]) -> tuple[tuple[float, int], list[TeacherSignal]]:
-        """(seconds, bytes), and the signals: two objects, so that the driver reads the first and never the second."""
+    def score(self, rollouts: Sequence[Rollout]) -> tuple[Account, list[TeacherSignal]]:
+        """An account, and the signals: two objects, so that the driver reads the first and never the second."""
         start = time.perf_counter()
         signals = self._teacher.score(rollouts)
         num_bytes = sum(signal.num_bytes for signal in signals)
-        return (time.perf_counter() - start, num_bytes), signals
+        looked_up = (self._cached.num_looked_up, self._cached.num_found) if self._cached else ()
+        return Account(time.perf_counter() - start, num_bytes, *looked_up), signals
+
+
+def _starter(settings: TeacherSettings | VllmTeacherSettings) -> tuple[Callable[[], Teacher], CacheSettings | None]:
+    """What loads the teacher, and where its signals are kept."""
+    if isinstance(settings, VllmTeacherSettings):
+        return partial(VllmTeacher, settings), settings.teacher.cache
+    return partial(HfTeacher, settings), settings.cache
 
 
 class _Teacher:
@@ -93,15 +122,22 @@ class TeacherPool:
     def _call(self, teacher: _Teacher, key: GroupKey, rollouts: list[Rollout]) -> None:
         teacher.num_groups += 1
         teacher.clock.work()
-        account, signals = teacher.actor.score.remote(rollouts)
+        told, signals = teacher.actor.score.remote(rollouts)
 
-        def finished(call: "Future[tuple[float, int]]") -> None:
+        def finished(call: "Future[Account]") -> None:
             teacher.num_groups -= 1
             self._hand_out()
             if teacher.num_groups == 0:
                 teacher.clock.rest()
-            seconds, num_bytes = call.result()
-            self._deliver(key, ScoredGroup(signals=signals, seconds=seconds, num_bytes=num_bytes))
+            account = call.result()
+            scored = ScoredGroup(
+                signals=signals,
+                seconds=account.seconds,
+                num_bytes=account.num_bytes,
+                num_looked_up=account.num_looked_up,
+                num_found=account.num_found,
+            )
+            self._deliver(key, scored)
 
         # The callback runs on a thread of Ray's; the pipeline's thread does the rest.
-        account.future().add_done_callback(lambda done: self._post(lambda: finished(done)))
+        told.future().add_done_callback(lambda done: self._post(lambda: finished(done)))

@@ -85,6 +85,8 @@ class MixedTeachers:
             signals=MixedSignals(tuple(part.signals for part in parts), self._weights),
             seconds=sum(part.seconds for part in parts),
             num_bytes=sum(part.num_bytes for part in parts),
+            num_looked_up=sum(part.num_looked_up for part in parts),
+            num_found=sum(part.num_found for part in parts),
         )
         self._deliver(key, mixed)
 

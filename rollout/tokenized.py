@@ -11,6 +11,9 @@ from rollout.records import ChatRecord, Record, TextRecord
 
 Ids = tuple[int, ...]
 
+_DOCUMENTS_AT_ONCE = 256
+"""Documents that are tokenised together: a tokenizer holds much beside the ids."""
+
 
 @dataclass(frozen=True, slots=True)
 class TokenizedRecord:
@@ -52,11 +55,18 @@ class TokenizedData:
     """Overlong records that are used in part."""
     longest_prompt: int
     """Tokens of the longest prompt in use, the completions' prompts included."""
+    block_tokens: int | None = None
+    """Where the records are blocks of plain text: tokens of a whole one."""
 
     @property
     def longest_scored_prompt(self) -> int:
         """Tokens of the longest prompt that the teacher reads."""
         return max(len(prompt) for record in self.records for prompt in record.scored_prompts)
+
+    @property
+    def longest_completion(self) -> int:
+        """Tokens of the longest of the dataset's responses; 0 where none is used."""
+        return max((len(r.completion.response_ids) for r in self.records if r.completion is not None), default=0)
 
     @property
     def num_teacher_prompts(self) -> int:
@@ -136,6 +146,17 @@ class Encoder:
         texts = iter(self._texts([r for r in records if isinstance(r, TextRecord)], completions))
         chats = iter(self._chats([r for r in records if isinstance(r, ChatRecord)], student_prompts, completions))
         return [next(texts) if isinstance(record, TextRecord) else next(chats) for record in records]
+
+    def documents(self, texts: Sequence[str]) -> Iterator[Ids]:
+        """Each text as it stands, nothing put before it, and the end token; of an empty one there is none.
+
+        Raises:
+            UserError: if the tokenizer has no end token.
+        """
+        end = self._eos_token_id()
+        for first in range(0, len(texts), _DOCUMENTS_AT_ONCE):
+            for ids in self._ids(texts[first : first + _DOCUMENTS_AT_ONCE]):
+                yield (*ids, end) if ids else ()
 
     def teacher_prompts(self, records: Sequence[Record]) -> list[Ids | None]:
         """What the teacher is asked in the student's place; None where it is asked the same.

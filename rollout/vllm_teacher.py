@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from gkd.arrays import to_array
-from gkd.logits import CHUNK_TOKENS, Logits, WholeLogits
+from gkd.head import HeadWeights
+from gkd.logits import Logits, WholeLogits, chunk_tokens
 from gkd.signals import FullLogits, SignalKind, TeacherSignal
 from gkd.sparse import sampled_signal, top_k_signal
 from gkd.types import Rollout
@@ -46,7 +47,8 @@ class VllmTeacherSettings:
     kv_cache_gib: float
     """Key-value cache on CPU hosts, GiB."""
     gpu_memory_utilization: float
-    """Share of a GPU's memory on GPU hosts. The logits of 1,024 tokens must fit beside it, several times over."""
+    """Share of a GPU's memory on GPU hosts. The logits of 1,024 tokens, or 0.5 GiB of them, must fit beside it,
+    several times over."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,6 +127,14 @@ class VllmTeacher:
             top_k=teacher.top_k,
             extra_ids=[r.top_ids for r in rollouts],
         )
+
+    def head(self) -> HeadWeights:
+        """Nobody asks for it: the engine's workers share it, and hidden states are not sent.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("a teacher on vLLM sends no hidden states, so nobody needs its head")
 
     def score_tokens(
         self,
@@ -261,13 +271,12 @@ class _EngineLogits:
     def __init__(self, model: Any, hidden_TH: torch.Tensor, *, num_rows: int) -> None:
         self._model = model
         self._hidden_TH = hidden_TH
-        self._num_rows = num_rows
-        self.num_tokens = len(hidden_TH)
+        self.num_tokens, self.num_rows = len(hidden_TH), num_rows
         self.device = hidden_TH.device
 
     def rows(self, span: slice) -> torch.Tensor:
         """[t, V] logits of some tokens."""
-        return self._model.compute_logits(self._hidden_TH[span])[:, : self._num_rows]
+        return self._model.compute_logits(self._hidden_TH[span])[:, : self.num_rows]
 
 
 def _signal(job: _Job, logits: Logits) -> TeacherSignal:
@@ -280,6 +289,6 @@ def _signal(job: _Job, logits: Logits) -> TeacherSignal:
         case SignalKind.SAMPLED_LOGPROBS:
             return sampled_signal(logits, ids_T, temperature=job.temperature)
         case _:
-            size = CHUNK_TOKENS[logits.device.type]
+            size = chunk_tokens(logits.num_rows, logits.device.type)
             firsts = range(0, max(logits.num_tokens, 1), size)
             return FullLogits(np.concatenate([to_array(logits.rows(slice(i, i + size))) for i in firsts]))

@@ -5,17 +5,21 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.quality import task
+from benchmarks.quality.differences import ACCURACY, RELATIONS, WARM, differences
 from benchmarks.quality.methods import METHODS, TITLES
 from benchmarks.quality.plan import RATES, SEEDS, STEPS, TUNING_SEEDS, chosen_rate, next_cell
-from benchmarks.quality.report import differences, summary
+from benchmarks.quality.report import summary
 from benchmarks.quality.results import Cell, Result, append, read_results
+from benchmarks.quality.reward import right
+from gkd.rewards import RewardSample
 
 
 def _result(cell: Cell, exact_match: float, *, warm: str = "w") -> Result:
     measured = {"exact_match": exact_match, "reverse_kl": 0.1, "total_variation": 0.1, "entropy": 0.2}
-    measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2]}
+    measured |= {"dataset_forward_kl": 0.3, "reverse_kl_by_position": [0.1, 0.2], "forward_kl": 0.2}
+    measured |= {"sampled_exact_match": 0.4, "d_on": 0.1, "d_off": 0.1, "dataset_reverse_kl": 0.1}
     metrics = {"tokens": 100.0, "step_s": 0.1, "train_s": 25.0}
-    return Result(cell=cell, warm=warm, before=measured, after=measured, metrics=metrics)
+    return Result(cell=cell, warm=warm, teacher="t", before=measured, after=measured, metrics=metrics)
 
 
 def _cell(method: str, seed: int) -> Cell:
@@ -29,35 +33,58 @@ def test_every_method_has_a_title_and_a_place_in_the_plan() -> None:
 
 def test_the_plan_tunes_first_and_ends() -> None:
     results: list[Result] = []
+    tried: dict[str, set[float]] = {"sft": set(), "gkd_jsd_0.5": set()}
     while (cell := next_cell(results, ["sft", "gkd_jsd_0.5"])) is not None:
-        if len(results) < 2 * len(RATES) * len(TUNING_SEEDS):
+        if len(results) < 2 * 4 * len(TUNING_SEEDS):
             assert cell.split == "validation"
+            tried[cell.method].add(cell.learning_rate)
         else:
-            assert (cell.split, cell.learning_rate) == ("test", 2.5e-3)
+            assert (cell.split, cell.learning_rate) == ("test", 1.25e-3)
         # On-policy steps take four times as long.
         slow = cell.method != "sft"
-        result = _result(cell, 0.9 if cell.learning_rate == 2.5e-3 else 0.5)
+        result = _result(cell, 0.9 - abs(cell.learning_rate - 1.25e-3))
         results.append(replace(result, metrics=result.metrics | {"step_s": 0.4 if slow else 0.1}))
     timed = [result.cell for result in results if result.cell.steps != STEPS]
     assert {cell.steps for cell in timed} == {4 * STEPS}
     assert [cell.seed for cell in timed] == list(SEEDS)
-    assert chosen_rate(results, "sft") == 2.5e-3
+    assert chosen_rate(results, "sft") == 1.25e-3
+    # From the middle on, past the best one, and no further.
+    assert tried == {"sft": set(RATES[:4]), "gkd_jsd_0.5": set(RATES[:4])}
 
 
-def test_no_rate_is_chosen_before_all_were_tried() -> None:
-    cell = replace(_cell("sft", TUNING_SEEDS[0]), split="validation")
+def test_no_rate_is_chosen_before_its_neighbours_were_tried() -> None:
+    cell = replace(_cell("sft", TUNING_SEEDS[0]), split="validation", learning_rate=RATES[2])
     assert chosen_rate([_result(cell, 0.5)], "sft") is None
 
 
 def test_differences_are_between_runs_of_one_start() -> None:
     results = [_result(_cell("sft", seed), 0.5, warm=str(seed)) for seed in range(4)]
     results += [_result(_cell("kd", seed), 0.5 + gain, warm=str(seed)) for seed, gain in enumerate((0.1, 0.2, 0.3))]
-    (found,) = differences(results)
+    (found,) = differences(results, ACCURACY)
     assert (found.first, found.second, found.students, found.positive) == ("kd", "sft", 3, 3)
     assert found.mean == pytest.approx(0.2)
     # Student's t with 2 degrees of freedom: 4.303 * 0.1 / sqrt(3).
     assert found.interval == pytest.approx((0.2 - 0.24843, 0.2 + 0.24843), abs=1e-4)
     assert summary(results)["runs"] == 7
+
+
+def test_a_relation_may_be_to_the_warm_start() -> None:
+    assert {name for pair in (*ACCURACY, *RELATIONS) for name in (pair.first, pair.second)} <= {*METHODS, WARM}
+    result = _result(_cell("amm_both", 0), 0.5)
+    found = differences([replace(result, after=result.after | {"d_on": 0.04})], RELATIONS)
+    assert {(pair.metric, pair.second): round(pair.mean, 3) for pair in found} == {
+        ("d_on", WARM): -0.06,
+        ("d_off", WARM): 0.0,
+    }
+
+
+def test_the_reward_is_for_right_answers_alone() -> None:
+    def sample(response: str) -> RewardSample:
+        return RewardSample(
+            prompt="1+9-7=", response=response, reference=None, source="student", stop_reason="stop", num_tokens=6
+        )
+
+    assert right([sample("10;03"), sample("10;04"), sample("10;03;")]) == [1.0, 0.0, 0.0]
 
 
 def test_a_finished_run_is_read_back(tmp_path) -> None:

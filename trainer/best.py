@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_LARGER_IS_BETTER = {"exact_match": True, "divergence": False}
+_LARGER_IS_BETTER = {"exact_match": True, "divergence": False, "cross_entropy": False}
 
 
 @dataclass(slots=True)
@@ -13,7 +13,7 @@ class Best:
     """The best evaluated step. Its state travels in every checkpoint, so that a resumed run goes on comparing."""
 
     metric: str | None
-    """`exact_match` or `divergence`; None compares nothing."""
+    """One of `eval.metrics`; None compares nothing."""
     step: int | None = None
     """The best step so far."""
     value: float | None = None

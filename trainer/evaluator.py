@@ -1,4 +1,5 @@
-"""Evaluation while training: the live engines answer held-out prompts, and the ranks compare with the teacher."""
+"""Evaluation while training: the live engines answer held-out prompts, the ranks compare with the teacher, and read
+what the held-out data says itself."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ _PROMPTS_PER_CALL = 128
 """Prompts answered at once: between two calls the engines look after the training rollouts."""
 _GROUPS_AT_ONCE = 2
 """Scoring groups whose signals are held at once."""
+_GIVEN_AT_ONCE = 256
+"""Given responses that the ranks are sent at once."""
 
 
 class Comparer(Protocol):
@@ -29,6 +32,14 @@ class Comparer(Protocol):
         temperature: float,
     ) -> tuple[float, int]:
         """Sum over all response tokens, and their number."""
+        ...
+
+
+class Reader(Protocol):
+    """The training ranks, as they read what is given."""
+
+    def negative_log_likelihood(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+        """Sum over all response tokens in the loss, in nats, and their number."""
         ...
 
 
@@ -103,6 +114,23 @@ class Divergence:
             )
             total, count = total + part, count + tokens
         return {"eval/divergence": total / count}
+
+
+class CrossEntropy:
+    """`eval/cross_entropy`: mean negative log-likelihood of given responses, in nats per token."""
+
+    def __init__(self, given: Sequence[Rollout], reader: Reader) -> None:
+        """`given` are the held-out data's own responses."""
+        self._given = given
+        self._reader = reader
+
+    def __call__(self) -> dict[str, float]:
+        """Measure."""
+        total, count = 0.0, 0
+        for first in range(0, len(self._given), _GIVEN_AT_ONCE):
+            part, tokens = self._reader.negative_log_likelihood(self._given[first : first + _GIVEN_AT_ONCE])
+            total, count = total + part, count + tokens
+        return {"eval/cross_entropy": total / count}
 
 
 class Evaluator:

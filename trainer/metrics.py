@@ -21,10 +21,12 @@ def step_metrics(
         train_s: how long the optimizer step took.
         wait_s: how long the trainer then waited for the sync and for the next batch.
     """
-    written = [rollout for rollout in batch.rollouts if rollout.source == "student"]
+    own = sum(rollout.source == "student" for rollout in batch.rollouts)
+    written = [rollout for rollout in batch.rollouts if rollout.source != "dataset"]
     generated = sum(len(rollout.response_ids) for rollout in written)
     ages = [batch.step - 1 - rollout.versions[0] for rollout in written if rollout.versions]
-    prompt_tokens = sum(len(rollout.prompt_ids) for rollout in written)
+    read = [rollout.scored_prompt_ids if rollout.source == "teacher" else rollout.prompt_ids for rollout in written]
+    prompt_tokens = sum(map(len, read))
     cached_tokens = sum(rollout.num_cached_tokens for rollout in written)
     stopped = sum(rollout.stop_reason == "stop" for rollout in written)
     return {
@@ -49,6 +51,7 @@ def step_metrics(
         "rollout/stopped_fraction": stopped / len(written) if written else None,
         "rollout/prefix_cached_fraction": cached_tokens / prompt_tokens if prompt_tokens else None,
         "teacher/signal_bytes": batch.signal_bytes,
+        **({"teacher/cache_hits": batch.num_found / batch.num_looked_up} if batch.num_looked_up else {}),
         "time/rollout_s": batch.rollout_s,
         "time/teacher_s": batch.teacher_s,
         "time/train_s": train_s,
@@ -56,7 +59,7 @@ def step_metrics(
         "time/teacher_wait_s": batch.teacher_wait_s,
         "time/train_wait_s": wait_s,
         "time/step_s": train_s + wait_s,
-        "source/on_policy": len(written) / len(batch.rollouts),
+        "source/on_policy": own / len(batch.rollouts),
     }
 
 

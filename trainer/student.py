@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from gkd.config.divergence import DivergenceConfig
-from gkd.evaluation import divergence_sum
+from gkd.evaluation import divergence_sum, negative_log_likelihood_sum
 from gkd.head import HeadWeights
 from gkd.importing import load_object
 from gkd.interfaces import WeightSender, WeightUpdate
@@ -151,17 +151,36 @@ class Student:
         self, samples: Sequence[ScoredRollout], share: RankShare, config: DivergenceConfig, temperature: float
     ) -> tuple[float, int]:
         """Sum of a divergence to the teacher over the response tokens of all ranks' samples, and their number."""
-        self._model.eval()
-        divergence = build_divergence(config)
-        totals = {"sum": 0.0, "tokens": 0.0}
-        for places in share.micro_batches:
-            members = [samples[i] for i in places or (0,)]
+        divergence, rows = build_divergence(config), self._settings.rows
+
+        def measure(members: Sequence[ScoredRollout]) -> tuple[float, int]:
             view = self._teacher.view(members)
             assert view is not None, "a divergence is measured where there is a teacher"
             rollouts = [member.rollout for member in members]
-            total, count = divergence_sum(
-                self._forward, rollouts, view, divergence, rows=self._settings.rows, temperature=temperature
-            )
+            return divergence_sum(self._forward, rollouts, view, divergence, rows=rows, temperature=temperature)
+
+        return self._summed(samples, share, measure)
+
+    def negative_log_likelihood(self, samples: Sequence[ScoredRollout], share: RankShare) -> tuple[float, int]:
+        """Sum over the response tokens of all ranks' samples in nats, and their number."""
+        rows = self._settings.rows
+        return self._summed(
+            samples,
+            share,
+            lambda members: negative_log_likelihood_sum(self._forward, [m.rollout for m in members], rows=rows),
+        )
+
+    def _summed(
+        self,
+        samples: Sequence[ScoredRollout],
+        share: RankShare,
+        measure: Callable[[Sequence[ScoredRollout]], tuple[float, int]],
+    ) -> tuple[float, int]:
+        """Sums and numbers of tokens that `measure` finds in each forward pass, over all passes of all ranks."""
+        self._model.eval()
+        totals = {"sum": 0.0, "tokens": 0.0}
+        for places in share.micro_batches:
+            total, count = measure([samples[i] for i in places or (0,)])
             if places:  # an empty pass only keeps this rank in step with the others
                 totals = {"sum": totals["sum"] + total, "tokens": totals["tokens"] + count}
         totals = self._engine.sum_over_ranks(totals)

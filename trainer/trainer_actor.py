@@ -47,6 +47,10 @@ class TrainerActor:
         """Sum of a divergence over the response tokens of all ranks, and their number."""
         return self._student.divergence(part.open(), part.share, config, temperature)
 
+    def negative_log_likelihood(self, part: "RankPart") -> tuple[float, int]:
+        """Sum over the response tokens of all ranks, and their number."""
+        return self._student.negative_log_likelihood(part.open(), part.share)
+
     def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
         """What each engine needs to know to be connected."""
         return self._student.open_wire(workers, modules)
@@ -179,6 +183,12 @@ class Learner:
         calls = [
             rank.divergence.remote(part, config, temperature) for rank, part in zip(self._ranks, parts, strict=True)
         ]
+        return self._get(calls)[0]
+
+    def negative_log_likelihood(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
+        """Sum over all response tokens in the loss, in nats, and their number."""
+        parts = self._parts(rollouts, [[rollout.id for rollout in rollouts]], [None])
+        calls = [rank.negative_log_likelihood.remote(part) for rank, part in zip(self._ranks, parts, strict=True)]
         return self._get(calls)[0]
 
     def take_heads(self, heads: dict[str, Any]) -> None:

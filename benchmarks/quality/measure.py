@@ -1,4 +1,4 @@
-"""What a student has learnt, measured by transformers alone: nothing here shares code with what trained it.
+"""What a student has learnt: measured by `transformers`, without the code that trained it but for the critics.
 
 Legend: B sequences, T response tokens of a sequence, V vocabulary.
 """
@@ -9,10 +9,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks.quality.moments import distances
+
 _BATCH = 500
 _NEW_TOKENS = 32
 _PROBES = 1_000
 """Prompts whose sampled answers are compared with the teacher."""
+_MOMENTS = 200
+"""Prompts at which critics learn."""
 
 
 def load(folder: Path) -> Any:
@@ -20,7 +24,6 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-@torch.no_grad()
 def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed: int) -> dict[str, Any]:
     """Everything that the tables and plots show of one student.
 
@@ -31,30 +34,71 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
         seed: of the sampled answers.
 
     Returns:
-        `exact_match` of greedy answers; in nats per token `forward_kl`, `reverse_kl`, `total_variation` and `entropy`
-        on its own sampled answers, and `dataset_...` on the right completions; `reverse_kl_by_position`.
+        `exact_match` of greedy answers, `sampled_exact_match` of sampled ones; in nats per token `forward_kl`,
+        `reverse_kl`, `total_variation` and `entropy` on its own sampled answers, and `dataset_...` on the right
+        completions; `reverse_kl_by_position`; `d_on` and `d_off`, the moment-matching distances.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = load(folder)
     stop = tokenizer.eos_token_id
-    prompts_BT = torch.tensor([tokenizer(prompt)["input_ids"] for prompt, _ in problems])
-    greedy = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
-    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in greedy])
-    right = [text == answer for text, (_, answer) in zip(texts, problems, strict=True)]
+    prompts_BT, given_BT = _tokens(tokenizer, problems[:_PROBES])
     torch.manual_seed(seed)
-    probes_BT = prompts_BT[:_PROBES]
-    sampled_BT = torch.cat([_answer(student, part, stop, sample=True) for part in probes_BT.split(_BATCH)])
-    given_BT = torch.tensor([[*tokenizer(answer)["input_ids"], stop] for _, answer in problems[:_PROBES]])
-    own = _compared(student, teacher, probes_BT, sampled_BT, stop)
-    dataset = _compared(student, teacher, probes_BT, given_BT, stop)
+    sampled_BT = torch.cat([_answer(student, part, stop, sample=True) for part in prompts_BT.split(_BATCH)])
+    own = _compared(student, teacher, prompts_BT, sampled_BT, stop)
+    dataset = _compared(student, teacher, prompts_BT, given_BT, stop)
+    padded_BT = torch.nn.functional.pad(given_BT, (0, sampled_BT.shape[1] - given_BT.shape[1]), value=stop)
+    both_BT = torch.cat([sampled_BT[:_MOMENTS], padded_BT[:_MOMENTS]])
+    moments = distances(
+        student,
+        teacher,
+        torch.cat([prompts_BT[:_MOMENTS].repeat(2, 1), both_BT], 1),
+        torch.nn.functional.pad(_counted(both_BT, stop), (prompts_BT.shape[1], 0)),
+        torch.tensor([True, False]).repeat_interleave(_MOMENTS),
+    )
     return {
-        "exact_match": sum(right) / len(right),
+        "exact_match": exact_match(student, tokenizer, problems),
+        "sampled_exact_match": _share_right(tokenizer, sampled_BT, problems[:_PROBES]),
         **{name: value for name, value in own.items() if name != "by_position"},
         **{f"dataset_{name}": value for name, value in dataset.items() if name != "by_position"},
+        **{name: value for name, value in moments.items() if name.startswith("d_")},
         "reverse_kl_by_position": own["by_position"],
     }
 
 
+@torch.no_grad()
+def exact_match(student: Any, tokenizer: Any, problems: list[tuple[str, str]]) -> float:
+    """Share of greedy answers that are right; all prompts are of one length."""
+    prompts_BT, _ = _tokens(tokenizer, problems)
+    stop = tokenizer.eos_token_id
+    greedy_BT = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
+    return _share_right(tokenizer, greedy_BT, problems)
+
+
+@torch.no_grad()
+def cross_entropy(student: Any, tokenizer: Any, problems: list[tuple[str, str]]) -> float:
+    """Mean negative log-likelihood of the right answers, stop token included, in nats per token."""
+    prompts_BT, given_BT = _tokens(tokenizer, problems)
+    total = 0.0
+    for prompt, given in zip(prompts_BT.split(_BATCH), given_BT.split(_BATCH), strict=True):
+        labels = torch.cat([torch.full_like(prompt, -100), given], 1)
+        total += student(torch.cat([prompt, given], 1), labels=labels).loss.item() * len(given)
+    return total / len(problems)
+
+
+def _tokens(tokenizer: Any, problems: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Prompts, and right answers with the stop token: all of one length each."""
+    prompts = [tokenizer(prompt)["input_ids"] for prompt, _ in problems]
+    answers = [[*tokenizer(answer)["input_ids"], tokenizer.eos_token_id] for _, answer in problems]
+    return torch.tensor(prompts), torch.tensor(answers)
+
+
+def _share_right(tokenizer: Any, answers_BT: torch.Tensor, problems: list[tuple[str, str]]) -> float:
+    stop = tokenizer.eos_token_id
+    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in answers_BT])
+    return sum(text == right for text, (_, right) in zip(texts, problems, strict=True)) / len(problems)
+
+
+@torch.no_grad()
 def _answer(model: Any, prompts_BT: torch.Tensor, stop: int, *, sample: bool) -> torch.Tensor:
     """Responses [B, 32]; after the stop token comes more of it."""
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
@@ -73,12 +117,17 @@ def _until(ids: list[int], stop: int) -> list[int]:
     return ids[: ids.index(stop)] if stop in ids else ids
 
 
+def _counted(responses_BT: torch.Tensor, stop: int) -> torch.Tensor:
+    """[B, T] bool: up to the first stop token, and with it."""
+    return (responses_BT == stop).cumsum(1) - (responses_BT == stop).long() == 0
+
+
+@torch.no_grad()
 def _compared(
     student: Any, teacher: Any, prompts_BT: torch.Tensor, responses_BT: torch.Tensor, stop: int
 ) -> dict[str, Any]:
     """Means over the response tokens up to the first stop token; `by_position` the reverse KL of each position."""
-    ended_BT = (responses_BT == stop).cumsum(1)
-    mask_BT = ended_BT - (responses_BT == stop).long() == 0
+    mask_BT = _counted(responses_BT, stop)
     sums: dict[str, torch.Tensor] = {}
     for prompt, response, mask in zip(
         prompts_BT.split(_BATCH), responses_BT.split(_BATCH), mask_BT.split(_BATCH), strict=True

@@ -14,6 +14,13 @@ def _moments(off_policy_weight: float) -> dict[str, Any]:
     return {"objective": matching, "data": {"on_policy_fraction": 1 - off_policy_weight, "mixing": "per_sample"}}
 
 
+def _rewarded(alpha: float) -> dict[str, Any]:
+    """Whether the answer is right, and the divergence to the teacher with the weight alpha."""
+    objective = {"type": "rl_gkd", "alpha": alpha, "divergence": {"type": "reverse_kl"}}
+    reward = {"path": "benchmarks.quality.reward:right"}
+    return {"objective": objective, "reward": reward, "data": {"on_policy_fraction": 1.0}}
+
+
 HEADLINE: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"type": "sft"}},
     "kd": _distill(0, "forward_kl"),
@@ -35,6 +42,10 @@ OTHERS: dict[str, dict[str, Any]] = {
     "amm_on": _moments(0.0),
     "amm_both": _moments(0.5),
     "sampled_reverse_kl": {"objective": {"type": "sampled_kl"}, "data": {"on_policy_fraction": 1.0}},
+    "rl_gkd_0.75": _rewarded(0.75),
+    "rl_gkd_0.5": _rewarded(0.5),
+    "rl_gkd_0.25": _rewarded(0.25),
+    "rl_gkd_0.05": _rewarded(0.05),
 }
 """Compared over fewer."""
 
@@ -57,5 +68,9 @@ TITLES = {
     "amm_on": "moment matching, on-policy",
     "amm_both": "moment matching, both",
     "sampled_reverse_kl": "reverse KL of sampled tokens",
+    "rl_gkd_0.75": "RL + GKD, reverse KL, alpha 0.75",
+    "rl_gkd_0.5": "RL + GKD, reverse KL, alpha 0.5",
+    "rl_gkd_0.25": "RL + GKD, reverse KL, alpha 0.25",
+    "rl_gkd_0.05": "RL + GKD, reverse KL, alpha 0.05",
 }
 """As the table calls them."""

@@ -3,94 +3,18 @@
 import json
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.quality.differences import ACCURACY, RELATIONS, WARM, differences, equal_steps
 from benchmarks.quality.methods import TITLES
-from benchmarks.quality.plan import STEPS, chosen_rate
+from benchmarks.quality.plan import chosen_rate
 from benchmarks.quality.plots import plot
 from benchmarks.quality.results import Result
 
 PAGE = Path("docs/RESULTS.md")
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
-
-PAIRS = (
-    ("gkd_reverse_kl", "kd_reverse_kl"),
-    ("gkd_jsd_0.5", "kd_jsd_0.5"),
-    ("gkd_forward_kl", "kd"),
-    ("gkd_reverse_kl", "kd"),
-    ("gkd_jsd_0.5", "kd"),
-    ("kd", "sft"),
-    ("gkd_jsd_0.5", "sft"),
-)
-"""Differences that are taken between runs of one warm start, the first minus the second."""
-
-_T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
-"""97.5 % points of Student's t with 1, 2, ... degrees of freedom."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Difference:
-    """A paired difference of exact match."""
-
-    setting: str
-    """`clean` or `noisy`."""
-    first: str
-    """A method."""
-    second: str
-    """Another."""
-    mean: float
-    """Over the students."""
-    interval: tuple[float, float] | None
-    """95 % by Student's t over the students; None of one student."""
-    positive: int
-    """Students whose difference is above 0."""
-    students: int
-    """Warm starts that both began with."""
-
-
-def differences(results: Sequence[Result]) -> list[Difference]:
-    """Of every pair that has students, at equal steps, over all teachers of a setting."""
-    found = []
-    for setting in ("clean", "noisy"):
-        for first, second in PAIRS:
-            of_each = [_by_start(results, setting, method) for method in (first, second)]
-            both = sorted(of_each[0].keys() & of_each[1].keys())
-            if both:
-                values = [of_each[0][start] - of_each[1][start] for start in both]
-                found.append(_difference(setting, first, second, values))
-    return found
-
-
-def _by_start(results: Sequence[Result], setting: str, method: str) -> dict[tuple[str, int], float]:
-    """(warm start, teacher) -> exact match after it."""
-    return {
-        (result.warm, result.cell.teacher): result.after["exact_match"]
-        for result in _final(results)
-        if (result.cell.setting, result.cell.method) == (setting, method)
-    }
-
-
-def _final(results: Sequence[Result]) -> list[Result]:
-    """Test runs at equal steps."""
-    return [result for result in results if result.cell.split == "test" and result.cell.steps == STEPS]
-
-
-def _difference(setting: str, first: str, second: str, values: Sequence[float]) -> Difference:
-    mean, interval = statistics.fmean(values), None
-    if len(values) > 1:
-        reach = _T_975[min(len(values) - 1, len(_T_975)) - 1] * statistics.stdev(values) / len(values) ** 0.5
-        interval = (mean - reach, mean + reach)
-    return Difference(
-        setting=setting,
-        first=first,
-        second=second,
-        mean=mean,
-        interval=interval,
-        positive=sum(value > 0 for value in values),
-        students=len(values),
-    )
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
@@ -109,9 +33,12 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             | {name: _mean_and_spread(members, name) for name in _COLUMNS}
             | {name: statistics.median(m.metrics[name] for m in members) for name in ("tokens", "train_s", "step_s")}
         )
-    pairs = [asdict(pair) for pair in differences(results)]
+    compared = {
+        name: [asdict(pair) for pair in differences(results, comparisons)]
+        for name, comparisons in (("differences", ACCURACY), ("relations", RELATIONS))
+    }
     rates = {method: rate for method in TITLES if (rate := chosen_rate(results, method)) is not None}
-    return {"runs": len(results), "learning_rates": rates, "methods": rows, "differences": pairs}
+    return {"runs": len(results), "learning_rates": rates, "methods": rows} | compared
 
 
 _COLUMNS = {
@@ -133,7 +60,7 @@ def write(results: Sequence[Result], folder: Path) -> None:
     numbers = summary(results)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
-    plot(_final(results), Path("docs/results.png"))
+    plot(equal_steps(results), Path("docs/results.png"))
     before, rest = PAGE.read_text(encoding="utf-8").split(_BEGIN)
     after = rest.split(_END)[1]
     PAGE.write_text(f"{before}{_BEGIN}\n{_tables(numbers)}\n{_END}{after}", encoding="utf-8")
@@ -151,7 +78,15 @@ def _tables(numbers: dict[str, Any]) -> str:
     if numbers["differences"]:
         lines += ["### Paired differences of exact match, from one warm start", ""]
         lines += ["| labels | difference | mean | 95 % interval | above 0 |", "|---|---|---|---|---|"]
-        lines += [_difference_row(pair) for pair in numbers["differences"]]
+        lines += [f"| {pair['setting']} {_difference_cells(pair)}" for pair in numbers["differences"]] + [""]
+    if numbers["relations"]:
+        lines += ["### What the methods are said to show", ""]
+        lines += ["| labels | claim | metric | difference | mean | 95 % interval | above 0 | found |"]
+        lines += ["|---|---|---|---|---|---|---|---|"]
+        lines += [
+            f"| {pair['setting']} | {pair['claim']} | {pair['metric']} {_difference_cells(pair)} {_verdict(pair)} |"
+            for pair in numbers["relations"]
+        ]
     return "\n".join(lines)
 
 
@@ -164,8 +99,19 @@ def _row(row: dict[str, Any]) -> str:
     return "| " + " | ".join([*first, f"{row['exact_match_before']:.3f}", *cells, f"{row['train_s']:.0f}"]) + " |"
 
 
-def _difference_row(pair: dict[str, Any]) -> str:
+def _difference_cells(pair: dict[str, Any]) -> str:
     interval = "-" if pair["interval"] is None else f"{pair['interval'][0]:+.3f} to {pair['interval'][1]:+.3f}"
-    name = f"{TITLES[pair['first']]} - {TITLES[pair['second']]}"
-    counted = f"{pair['positive']} of {pair['students']}"
-    return f"| {pair['setting']} | {name} | {pair['mean']:+.3f} | {interval} | {counted} |"
+    name = f"{_title(pair['first'])} - {_title(pair['second'])}"
+    return f"| {name} | {pair['mean']:+.3f} | {interval} | {pair['positive']} of {pair['students']} |"
+
+
+def _title(method: str) -> str:
+    return "warm start" if method == WARM else TITLES[method]
+
+
+def _verdict(pair: dict[str, Any]) -> str:
+    """Whether the expected sign came out: in every student, in their mean alone, or not."""
+    agree = pair["positive"] if pair["expected"] == "above" else pair["students"] - pair["positive"]
+    if agree == pair["students"]:
+        return "yes, in every student"
+    return "in the mean" if (pair["mean"] > 0) == (pair["expected"] == "above") else "no"

@@ -1,11 +1,13 @@
 """The committed file of finished runs: one JSON object a line, appended as each run ends."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 RESULTS = Path("benchmarks/results/quality.jsonl")
+SERIES_EVERY = 10
+"""Steps between the values of a series."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +46,18 @@ class Result:
     """The run."""
     warm: str
     """Hash of the weights that it began with: differences are taken between runs of one start alone."""
+    teacher: str
+    """Likewise of the teacher's."""
     before: dict[str, Any]
     """The warm start, measured alike."""
     after: dict[str, Any]
     """`benchmarks.quality.measure.measure`."""
     metrics: dict[str, float]
     """Of the run: `tokens`, `step_s` (median), `train_s` (sum over the steps)."""
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    """Exact match over the tokens trained on, from checkpoints; of some students alone."""
+    series: dict[str, list[float]] = field(default_factory=dict)
+    """What moment matching logged of its distances, from step 1 on; of some students alone."""
 
 
 def read_results(path: Path = RESULTS) -> list[Result]:

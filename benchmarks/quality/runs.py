@@ -9,37 +9,56 @@ from typing import Any
 
 from rich.console import Console
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from benchmarks.quality import task
 from benchmarks.quality.kept_workers import KeptWorkers
-from benchmarks.quality.measure import load, measure
+from benchmarks.quality.measure import exact_match, load, measure
 from benchmarks.quality.methods import METHODS
-from benchmarks.quality.results import Cell, Result
+from benchmarks.quality.plan import FEW_SEEDS, STEPS
+from benchmarks.quality.results import SERIES_EVERY, Cell, Result
 from gkd.config import parse_config
+from launch.export import run_export
 from launch.run_folder import exported_step
 from launch.train import run_training
 
 FOLDER = Path("outputs/quality")
 BATCH = 32
-_WARM_STEPS = 400
-_TEACHER_STEPS = 1050
+_WARM_STEPS = 600
+TEACHER_STEPS, TEACHER_BATCH = 1050, 48
+_CHECKPOINT_EVERY = 50
+"""Steps, in the runs that are measured along the way."""
 
 
 def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     """Do one cell of the plan."""
-    teacher = _teacher(cell.teacher, console)
+    teacher = trained_teacher(cell.teacher, console)
     warm = _warm_start(cell, console)
     problems = task.read(FOLDER, cell.split)
     scorer = load(teacher)
     before = _measured_once(warm, scorer, problems, cell)
     export = run_training(parse_config(_method_config(cell, warm, teacher)), console, open_workers=kept.open)
     after = measure(export, scorer, problems, seed=cell.seed)
-    metrics = _metrics(export.parent)
+    lines = _lines(export.parent)
+    curve, series = [], {}
+    if _followed(cell):
+        curve = [(0.0, before["exact_match"]), *_curve(export.parent, lines, problems)]
+        series = _series(lines)
     shutil.rmtree(export.parent)  # what is kept of a run is its line
-    return Result(cell=cell, warm=weights_hash(warm), before=before, after=after, metrics=metrics)
+    return Result(
+        cell=cell,
+        warm=weights_hash(warm),
+        teacher=weights_hash(teacher),
+        before=before,
+        after=after,
+        metrics=_metrics(lines),
+        curve=curve,
+        series=series,
+    )
 
 
-def _teacher(seed: int, console: Console) -> Path:
+def trained_teacher(seed: int, console: Console) -> Path:
+    """The teacher's folder; it is trained where it is not there yet."""
     return _trained_once(
         f"teacher-{seed}",
         console,
@@ -48,7 +67,7 @@ def _teacher(seed: int, console: Console) -> Path:
             "student": {"model": str(FOLDER / "models" / "teacher"), "init": "random"},
             "data": {"train": {"path": str(FOLDER / "data" / "teacher.jsonl")}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(_TEACHER_STEPS, 2.5e-3, batch_size=48, warmup_steps=50),
+            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=50),
         },
     )
 
@@ -78,8 +97,9 @@ def _method_config(cell: Cell, warm: Path, teacher: Path) -> dict[str, Any]:
         "data": {"train": {"path": str(examples)}} | method.get("data", {"on_policy_fraction": 0.0}),
         "rollout": {"temperature": 1.0, "max_new_tokens": 32, "kv_cache_gib": 0.25, "record_logprobs": True},
         "objective": method["objective"],
-        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=10),
-    }
+        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=10)
+        | ({"checkpoint_every": _CHECKPOINT_EVERY, "keep_last": 100} if _followed(cell) else {}),
+    } | ({"reward": method["reward"]} if "reward" in method else {})
 
 
 def _trainer(steps: int, rate: float, *, batch_size: int, warmup_steps: int) -> dict[str, Any]:
@@ -119,8 +139,39 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _metrics(folder: Path) -> dict[str, float]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+def _followed(cell: Cell) -> bool:
+    """Whether a run is measured along the way too."""
+    return (cell.setting, cell.teacher, cell.split, cell.steps) == (
+        "clean",
+        0,
+        "test",
+        STEPS,
+    ) and cell.seed in FEW_SEEDS
+
+
+def _curve(run: Path, lines: list[dict[str, Any]], problems: list[tuple[str, str]]) -> list[tuple[float, float]]:
+    """(tokens trained on, exact match) of every checkpoint."""
+    found = []
+    for step in range(_CHECKPOINT_EVERY, len(lines) + 1, _CHECKPOINT_EVERY):
+        model = run / f"model-{step}"
+        run_export(run, model, which=str(step), form="full", console=Console(quiet=True))
+        tokens = sum(line["tokens/trained"] for line in lines[:step])
+        found.append((float(tokens), exact_match(load(model), AutoTokenizer.from_pretrained(model), problems)))
+    return found
+
+
+def _series(lines: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """The run's own moment-matching distances, from step 1 on."""
+    logged = {name: [line.get(f"loss/{name}") for line in lines[::SERIES_EVERY]] for name in ("d_off", "d_on")}
+    return {name: values for name, values in logged.items() if None not in values}
+
+
+def _lines(run: Path) -> list[dict[str, Any]]:
+    """The metrics of each step."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def _metrics(lines: list[dict[str, Any]]) -> dict[str, float]:
     seconds = [line["time/step_s"] for line in lines]
     return {
         "tokens": float(sum(line["tokens/trained"] for line in lines)),

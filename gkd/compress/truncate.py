@@ -1,11 +1,7 @@
 """Teacher-free truncation: a student made of some of a model's layers (Jha et al., arXiv 2305.14864).
 
 Embeddings, final norm, head and width stay; what the removed layers did is learned again by continued pretraining.
-Which layers are kept is a function of how many there are, L, and of how many are kept, k. The paper tries several;
-keeping evenly spaced ones was expected to do best. It did not in the one comparison made here: 3 of 6 layers, trained
-for 120 steps on a small synthetic task, gave an exact match of 0.82 with `first_k`, 0.29 with `both_ends`, 0.004 evenly
-spaced, 0 with `last_k`, and 0 from random weights. Hence `DEFAULT_STRATEGY`; larger models and real text may rank them
-otherwise.
+`gkd.compress.strategies` says which layers are kept.
 """
 
 import copy
@@ -16,68 +12,8 @@ from typing import Any
 
 import torch
 
-DEFAULT_STRATEGY = "first_k"
-"""The best of a small synthetic comparison; see this module's docstring."""
-
 Place = tuple[str, str]
 """Dotted name of a module, and an attribute of it."""
-
-
-def kept_layers(strategy: str, num_layers: int, num_kept: int) -> tuple[int, ...]:
-    """The layers that a strategy keeps, counted from 0, in order.
-
-    Args:
-        strategy: a key of `STRATEGIES`.
-        num_layers: L, how many there are.
-        num_kept: k, how many are kept.
-
-    Raises:
-        ValueError: for an unknown strategy, k outside 1..L, or a k that the strategy cannot keep.
-    """
-    if strategy not in STRATEGIES:
-        raise ValueError(f"unknown strategy {strategy!r}: use one of {', '.join(STRATEGIES)}")
-    if not 1 <= num_kept <= num_layers:
-        raise ValueError(f"{num_kept} of {num_layers} layers cannot be kept: keep 1 to {num_layers}")
-    return tuple(STRATEGIES[strategy](num_layers, num_kept))
-
-
-def _first_k(_L: int, k: int) -> Sequence[int]:
-    return range(k)
-
-
-def _last_k(L: int, k: int) -> Sequence[int]:
-    return range(L - k, L)
-
-
-def _both_ends(L: int, k: int) -> Sequence[int]:
-    return [*range(k - k // 2), *range(L - k // 2, L)]
-
-
-def _uniform(L: int, k: int) -> Sequence[int]:
-    return [0] if k == 1 else [round(i * (L - 1) / (k - 1)) for i in range(k)]
-
-
-def _every_other(L: int, k: int) -> Sequence[int]:
-    layers = range(0, L, 2)
-    if k != len(layers):
-        raise ValueError(f"every_other keeps {len(layers)} of {L} layers, not {k}")
-    return layers
-
-
-def _first_k_and_last(L: int, k: int) -> Sequence[int]:
-    return [*range(k - 1), L - 1]
-
-
-STRATEGIES: Mapping[str, Callable[[int, int], Sequence[int]]] = {
-    "first_k": _first_k,
-    "last_k": _last_k,
-    "both_ends": _both_ends,
-    "uniform": _uniform,
-    "every_other": _every_other,
-    "first_k_and_last": _first_k_and_last,
-}
-"""Name -> function of (L, k). `both_ends` keeps one more of the first where k is odd; `uniform` keeps the first and the
-last; `first_k_and_last` drops one block of layers that lies before the last."""
 
 
 def truncated_config(config: Any, layers: Sequence[int]) -> Any:

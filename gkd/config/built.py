@@ -1,6 +1,5 @@
 """What this version builds of the schema. A later feature removes its line here."""
 
-from gkd.config.objective import Reserved
 from gkd.config.schema import Config
 from gkd.errors import NotBuiltYet
 
@@ -11,23 +10,18 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         NotBuiltYet: for the first such value.
     """
-    objectives = [("objective", config.objective)]
-    objectives += [(f"stages.{i}.objective", part.objective) for i, part in enumerate(config.parts)]
-    for field, objective in objectives:
-        if isinstance(objective, Reserved):
-            raise NotBuiltYet(f"{field}.type", objective.type, "Use another objective.")
+    for number, part in enumerate(config.parts):
+        if config.stages and part.teacher_writes:
+            field = f"stages.{number}.objective.type"
+            raise NotBuiltYet(field, part.objective.type, "Run it as a config of its own, before the others.")
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
-        ("student.init", config.student.init, config.student.init == "truncate", "Use pretrained or random."),
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
         ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
-        unbuilt += [
-            (f"{at}.backend", teacher.backend, teacher.backend == "vllm", "Use hf."),
-            (f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."),
-        ]
+        unbuilt.append((f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."))
     for field, value, refused, cure in unbuilt:
         if refused:
             raise NotBuiltYet(field, value, cure)

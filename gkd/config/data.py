@@ -17,7 +17,8 @@ _OURS = frozenset({"conversation", "tokenize", "add_generation_prompt", "continu
 class DataSource(Section):
     """Where records come from. A record is `{"prompt": str, "completion"?: str}` or `{"messages": [...]}`, messages
     being `{"role": str, "content": str}` in turn; where one has both, its messages count. Either may have a prompt for
-    the teacher alone, and name one of several teachers. Other keys are ignored."""
+    the teacher alone, and name one of several teachers. A record that has neither is plain text to learn as it stands,
+    `{"text": str}`: all of the data is, or none. Other keys are ignored."""
 
     path: str = Field(min_length=1)
     """A file, a folder or the name of a Hugging Face dataset."""
@@ -38,6 +39,8 @@ class DataSource(Section):
     """Key or column of the completion."""
     messages_field: str = "messages"
     """Key or column of the messages."""
+    text_field: str = "text"
+    """Key or column of plain text."""
     teacher_prompt_field: str = "teacher_prompt"
     """Key or column of what the teacher reads where the student reads the prompt, such as the prompt with the solution
     in it; a record without it has one prompt for both. A text for a text; for a conversation messages that end before
@@ -84,7 +87,8 @@ class DataConfig(Section):
     eval: Sources = []
     """Held-out records: one source, or a list of them."""
     on_policy_fraction: Fraction = 1.0
-    """lambda: the share of samples that the student writes itself; the rest are the dataset's completions."""
+    """lambda: the share of samples that the student writes itself; the rest are the dataset's completions. Of no effect
+    where an objective says whose text it is of: sft (the dataset's) and seq_kd (the teacher's)."""
     mixing: Literal["per_step", "per_sample"] = "per_step"
     """One Bernoulli draw a step, as the GKD paper does, or one a sample."""
     max_prompt_tokens: Count | None = None
@@ -93,6 +97,10 @@ class DataConfig(Section):
     """What happens to a record whose prompt is overlong, or whose prompt and completion exceed the context. `drop`
     leaves it out. `truncate` keeps the prompt's last tokens and the completion's first, and adds no stop token. Either
     way it is counted and reported."""
+    text_block_tokens: Annotated[int, Field(ge=2)] | None = None
+    """Of plain text: the documents, each with the end token behind it, are joined in their order and cut into blocks of
+    so many tokens. A block is a sample; every token after its first is a target. None: 1,024, or the models' context if
+    that is shorter. `max_prompt_tokens` and `overlong` are for prompts and mean nothing here."""
     chat_template_kwargs: dict[str, Any] = {}
     """Passed to the chat template, such as `enable_thinking: false`."""
 

@@ -125,7 +125,7 @@ def _describe(error: ErrorDetails, tree: dict[str, Any]) -> tuple[str, object, s
             return field, None, "is missing.", "Add it."
         case "union_tag_invalid" | "union_tag_not_found":
             tag = value.get("type") if isinstance(value, dict) else value
-            expected = str(error.get("ctx", {}).get("expected_tags", "")).replace(", 'reserved'", "").replace("'", "")
+            expected = str(error.get("ctx", {}).get("expected_tags", "")).replace("'", "")
             expected = expected or "a mapping with a `type`"
             return f"{field}.type", tag, "is not a known type.", f"Use one of: {expected}."
         case "value_error":

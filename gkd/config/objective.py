@@ -2,17 +2,7 @@
 
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    ValidationInfo,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from gkd.config.base import Count, Fraction, NonNegative, NonNegativeInt, Positive, Section
 from gkd.config.divergence import DivergenceConfig, ReverseKl
@@ -25,23 +15,6 @@ over sequences, as in the GKD paper (arXiv 2306.13649, Eq. 2)."""
 
 Baseline = Literal["none", "batch_mean", "prompt_mean"]
 """What a reward is compared with: nothing, or the mean of the other samples of the batch, or of the same prompt."""
-
-
-class Reserved(BaseModel):
-    """A type whose name is reserved for a later version; its options are not known yet."""
-
-    model_config = ConfigDict(extra="allow", frozen=True)
-    type: str
-
-
-RESERVED_OBJECTIVES = frozenset({"seq_kd"})
-
-
-def _objective_tag(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    if not isinstance(kind, str):
-        return None
-    return "reserved" if kind in RESERVED_OBJECTIVES else kind
 
 
 RatioClip = Annotated[float, Field(ge=1, allow_inf_nan=False)]
@@ -110,6 +83,47 @@ class SftObjective(_Shared):
     def learns_from_student(self) -> bool:
         """No: it would only confirm itself."""
         return False
+
+
+class SeqKdObjective(_Shared):
+    """Sequence-level distillation (SeqKD, arXiv 1606.07947): the teacher writes the responses, and the student learns
+    on them. All text is the teacher's, at `teacher.generation_temperature`."""
+
+    type: Literal["seq_kd"]
+    form: Literal["likelihood", "divergence"] = "likelihood"
+    """`likelihood`: of the next token, as in the paper; the teacher scores nothing. `divergence`: to the teacher at
+    every token of its text."""
+    divergence: DivergenceConfig | None = None
+    """For the form divergence."""
+
+    @model_validator(mode="after")
+    def divergence_fits_the_form(self) -> "SeqKdObjective":
+        """There is one exactly where it is measured."""
+        if self.form == "divergence" and self.divergence is None:
+            raise ValueError("has no divergence: add `divergence: {type: forward_kl}`, or use `form: likelihood`")
+        if self.form == "likelihood" and self.divergence is not None:
+            raise ValueError("measures no divergence with `form: likelihood`: set form to divergence, or remove it")
+        return self
+
+    @property
+    def compares(self) -> bool:
+        """With a divergence."""
+        return self.form == "divergence"
+
+    @property
+    def learns_from_student(self) -> bool:
+        """No."""
+        return False
+
+    @property
+    def learns_from_dataset(self) -> bool:
+        """Only the prompts are the dataset's."""
+        return False
+
+    @property
+    def evaluated_divergence(self) -> DivergenceConfig:
+        """The one of the loss, if there is one."""
+        return self.divergence or super().evaluated_divergence
 
 
 class RlGkdObjective(_Shared):
@@ -300,6 +314,17 @@ class SumObjective(_Any):
     terms: Annotated[list[SumTerm], Field(min_length=1)]
     """What is added. Temperatures are the terms', the reduction is the sum's."""
 
+    @field_validator("terms")
+    @classmethod
+    def text_of_student_and_dataset(cls, terms: list[SumTerm]) -> list[SumTerm]:
+        """The teacher's text has no place beside theirs."""
+        if any(isinstance(term.objective, SeqKdObjective) for term in terms):
+            raise ValueError(
+                "seq_kd is no term of a sum, since all text is the teacher's then: use it alone, or an sft term on "
+                "answers that `gkd generate` wrote with the teacher"
+            )
+        return terms
+
     @model_validator(mode="after")
     def one_reduction(self) -> "SumObjective":
         """A term cannot be averaged in another way than the sum."""
@@ -341,6 +366,7 @@ class SumObjective(_Any):
 BuiltObjective = (
     DistillObjective
     | SftObjective
+    | SeqKdObjective
     | MomentMatchingObjective
     | RlGkdObjective
     | SampledKlObjective
@@ -348,23 +374,13 @@ BuiltObjective = (
     | CustomObjective
     | SumObjective
 )
-"""What this version builds; a new objective is added here and to `ObjectiveConfig`."""
+"""All of them; a new objective is added here."""
 
 SumTerm.model_rebuild()
 SumObjective.model_rebuild()
 
-ObjectiveConfig = Annotated[
-    Annotated[DistillObjective, Tag("distill")]
-    | Annotated[SftObjective, Tag("sft")]
-    | Annotated[MomentMatchingObjective, Tag("moment_matching")]
-    | Annotated[RlGkdObjective, Tag("rl_gkd")]
-    | Annotated[SampledKlObjective, Tag("sampled_kl")]
-    | Annotated[MiniLlmObjective, Tag("minillm")]
-    | Annotated[CustomObjective, Tag("custom")]
-    | Annotated[SumObjective, Tag("sum")]
-    | Annotated[Reserved, Tag("reserved")],
-    Discriminator(_objective_tag),
-]
+ObjectiveConfig = Annotated[BuiltObjective, Field(discriminator="type")]
+"""The section: told apart by `type`."""
 
 
 _Kind = TypeVar("_Kind")

@@ -8,7 +8,13 @@ from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, Valida
 from gkd.config.base import Count, NonNegativeInt, Section
 from gkd.config.data import DataConfig
 from gkd.config.models import StudentConfig, TeacherConfig, Teachers
-from gkd.config.objective import MomentMatchingObjective, ObjectiveConfig, Reserved, RlGkdObjective, terms_of_type
+from gkd.config.objective import (
+    MomentMatchingObjective,
+    ObjectiveConfig,
+    RlGkdObjective,
+    SeqKdObjective,
+    terms_of_type,
+)
 from gkd.config.rollout import RolloutConfig
 from gkd.config.stages import Stages
 from gkd.config.trainer import SyncConfig, TrainerConfig
@@ -46,11 +52,13 @@ class EvalConfig(Section):
 
     every_steps: NonNegativeInt = 0
     """Steps between evaluations; 0 is never."""
-    metrics: list[Literal["exact_match", "divergence"]] = ["exact_match", "divergence"]
-    """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples."""
+    metrics: list[Literal["exact_match", "divergence", "cross_entropy"]] = ["exact_match", "divergence"]
+    """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples; mean
+    negative log-likelihood of the data's own completions or text, in nats per token (its exponential is the
+    perplexity), over the vocabulary of the loss and at temperature 1. The last alone needs no rollout engine."""
     limit: Count | None = None
     """Use the first so many records of `data.eval` only."""
-    best: Literal["exact_match", "divergence"] | None = None
+    best: Literal["exact_match", "divergence", "cross_entropy"] | None = None
     """Metric whose best checkpoint is kept beside the newest ones."""
 
 
@@ -108,6 +116,7 @@ class Config(Section):
             self._check_stages()
         else:
             self._check_models()
+            self._check_writer()
             self._check_reward()
             self._check_training()
             self._check_objective()
@@ -152,6 +161,11 @@ class Config(Section):
         if self.needs_teacher and not self.all_teachers:
             raise ValueError("teacher: this objective compares with a teacher: add `teacher: {model: ...}`")
         for field, teacher in zip(self.teacher_fields, self.all_teachers, strict=True):
+            for name in teacher.without_use(writes=self.teacher_writes):
+                raise ValueError(
+                    f"{field}.{name} = {getattr(teacher, name)}: has no effect here (it is of the objective seq_kd, "
+                    "or of the backend vllm): remove it"
+                )
             if teacher.backend == "student_base" and self.student.lora is None:
                 raise ValueError(
                     f"{field}.backend = student_base: the teacher is the student with its adapter off, so the student "
@@ -162,6 +176,33 @@ class Config(Section):
                     f"{field}.backend = student_ema: every rank keeps the average whole, and trainer.zero_stage = 3 "
                     "gives none of them whole weights: set trainer.zero_stage to 2"
                 )
+
+    def _check_writer(self) -> None:
+        """Where the teacher writes the responses there is one that can."""
+        if not self.teacher_writes:
+            return
+        if not self.all_teachers:
+            raise ValueError("teacher: the seq_kd objective learns on its text: add `teacher: {model: ...}`")
+        if len(self.all_teachers) > 1:
+            raise ValueError("teachers: the seq_kd objective has one teacher, who writes: name one `teacher`")
+        [field], [teacher] = self.teacher_fields, self.all_teachers
+        if not teacher.has_workers:
+            raise ValueError(
+                f"{field}.backend = {teacher.backend}: the seq_kd objective learns on the text of a teacher with an "
+                "engine of its own: set `backend: hf` and a `model`, or use the distill objective"
+            )
+        if self.data.on_policy_fraction not in (0, 1):
+            raise ValueError(
+                f"data.on_policy_fraction = {self.data.on_policy_fraction}: mixes the student's text with the "
+                "dataset's, and all text of the seq_kd objective is the teacher's: remove it, or use the distill "
+                "objective on answers that `gkd generate` wrote with the teacher"
+            )
+        if teacher.generation_temperature == 0 and self.rollout.samples_per_prompt > 1:
+            raise ValueError(
+                f"rollout.samples_per_prompt = {self.rollout.samples_per_prompt}: at "
+                f"{field}.generation_temperature = 0 all samples of a prompt are the same: set samples_per_prompt to "
+                "1, or a higher temperature"
+            )
 
     def _check_reward(self) -> None:
         rewarded = terms_of_type(self.objective, RlGkdObjective)
@@ -219,7 +260,7 @@ class Config(Section):
     def _check_objective(self) -> None:
         """Every part of the objective needs text that it can learn from."""
         objective, fraction = self.objective, self.on_policy_fraction
-        if isinstance(objective, Reserved):
+        if self.teacher_writes:
             return
         parts = {f"`terms.{i}` of the objective": term for i, term in enumerate(getattr(objective, "terms", ()))}
         for name, part in (parts or {f"the {objective.type} objective": objective}).items():
@@ -251,7 +292,7 @@ class Config(Section):
         if evaluation.every_steps and not self.measured:
             raise ValueError(
                 f"eval.metrics = {evaluation.metrics}: none can be measured here (a divergence needs a teacher): add "
-                "exact_match"
+                "exact_match or cross_entropy"
             )
         if evaluation.best is None:
             return
@@ -273,14 +314,22 @@ class Config(Section):
     @property
     def needs_teacher(self) -> bool:
         """Whether a teacher scores the samples, in any stage."""
-        objectives = [part.objective for part in self.parts]
-        return any(isinstance(objective, Reserved) or objective.needs_teacher for objective in objectives)
+        return any(part.objective.needs_teacher for part in self.parts)
+
+    @property
+    def teacher_writes(self) -> bool:
+        """Whether all responses are the teacher's own, written on vLLM while the run goes on."""
+        return any(isinstance(part.objective, SeqKdObjective) for part in self.parts)
+
+    @property
+    def uses_teacher(self) -> bool:
+        """Whether there is anything for a teacher to do."""
+        return self.needs_teacher or self.teacher_writes
 
     @property
     def on_policy_fraction(self) -> float:
-        """lambda as it takes effect: maximum likelihood learns from the dataset alone."""
-        learns = isinstance(self.objective, Reserved) or self.objective.learns_from_student
-        return self.data.on_policy_fraction if learns else 0.0
+        """lambda as it takes effect: some objectives learn nothing from the student's text."""
+        return self.data.on_policy_fraction if self.objective.learns_from_student else 0.0
 
     @property
     def needs_rollouts(self) -> bool:
@@ -288,9 +337,14 @@ class Config(Section):
         return any(part.on_policy_fraction > 0 for part in self.parts)
 
     @property
+    def generates(self) -> bool:
+        """Whether responses are written while the run goes on, by the student or by the teacher."""
+        return self.needs_rollouts or self.teacher_writes
+
+    @property
     def needs_completions(self) -> bool:
-        """Whether every training record must have a completion."""
-        return self.on_policy_fraction < 1
+        """Whether every training record must have a completion; with stages, in any of them."""
+        return any(part.on_policy_fraction < 1 for part in self.parts) and not self.teacher_writes
 
     @property
     def all_teachers(self) -> list[TeacherConfig]:
@@ -320,9 +374,14 @@ class Config(Section):
         return self.needs_teacher and all(teacher.has_workers for teacher in self.all_teachers)
 
     @property
+    def asks_held_out(self) -> bool:
+        """Whether evaluation has held-out prompts answered; a cross-entropy reads what is given."""
+        return self.eval.every_steps > 0 and any(name != "cross_entropy" for name in self.measured)
+
+    @property
     def needs_engine(self) -> bool:
         """Whether a rollout engine is started: to write samples, or to answer held-out prompts."""
-        return self.needs_rollouts or self.eval.every_steps > 0
+        return self.needs_rollouts or self.asks_held_out
 
     @property
     def measured(self) -> list[str]:

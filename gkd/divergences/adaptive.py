@@ -1,8 +1,11 @@
 """The adaptive KL divergence (AKL) of Wu et al., arXiv 2404.02657."""
 
+from dataclasses import dataclass
+
 import torch
 
-from gkd.divergences.common import kl, log_probs
+from gkd.divergences.closed_form import Rows, apply
+from gkd.divergences.kl import ForwardKl, ReverseKl
 
 
 def adaptive_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, *, head_mass: float) -> torch.Tensor:
@@ -23,7 +26,7 @@ def adaptive_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
         head_mass: 0 < head_mass < 1, mu in the authors' code, 0.5 there.
 
     Returns:
@@ -37,18 +40,34 @@ def adaptive_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor
             f"adaptive_kl: head_mass = {head_mass} is not inside (0, 1); at 1 there is no tail, and at 0 no head. "
             "Use 0.5 as its authors do, forward_kl to weigh all as head, or reverse_kl to weigh all as tail"
         )
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    head_T, tail_T = _gaps(student_TV, teacher_TV, head_mass)
-    total_T = head_T + tail_T
-    total_T = total_T.masked_fill(total_T == 0, 1)
-    return head_T / total_T * kl(teacher_TV, student_TV) + tail_T / total_T * kl(student_TV, teacher_TV)
+    return apply(AdaptiveKl(head_mass), student_logits_TV, teacher_logits_TV)
 
 
-@torch.no_grad()
-def _gaps(student_TV: torch.Tensor, teacher_TV: torch.Tensor, head_mass: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """sum |T - S| over the teacher's head and over its tail, [T] each, from log-probabilities."""
-    sorted_TV, order_TV = teacher_TV.exp().sort(dim=-1, descending=True, stable=True)
-    gap_TV = (sorted_TV - student_TV.exp().gather(-1, order_TV)).abs()
-    is_tail_TV = sorted_TV.cumsum(-1) > head_mass
-    is_tail_TV[:, :1] = False
-    return gap_TV.masked_fill(is_tail_TV, 0).sum(-1), gap_TV.masked_fill(~is_tail_TV, 0).sum(-1)
+@dataclass(frozen=True, slots=True)
+class AdaptiveKl:
+    """The two KLs in closed form, and their weights."""
+
+    head_mass: float
+    """Of the teacher's head."""
+
+    def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t] nats."""
+        head_t, tail_t = self._weights(student, teacher)
+        return head_t * ForwardKl().value(student, teacher) + tail_t * ReverseKl().value(student, teacher)
+
+    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t, V]."""
+        head_t, tail_t = (weight_t.unsqueeze(-1) for weight_t in self._weights(student, teacher))
+        forward_tV = ForwardKl().gradient(student, teacher).mul_(head_t)
+        return forward_tV.add_(ReverseKl().gradient(student, teacher).mul_(tail_t))
+
+    def _weights(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of the forward and the reverse KL, [t] each."""
+        sorted_tV, order_tV = teacher.p_tV.sort(dim=-1, descending=True, stable=True)
+        is_tail_tV = sorted_tV.cumsum(-1) > self.head_mass
+        is_tail_tV[:, :1] = False
+        gap_tV = sorted_tV.sub_(student.p_tV.gather(-1, order_tV)).abs_()
+        head_t, tail_t = gap_tV.masked_fill(is_tail_tV, 0).sum(-1), gap_tV.masked_fill(~is_tail_tV, 0).sum(-1)
+        total_t = head_t + tail_t
+        total_t = total_t.masked_fill(total_t == 0, 1)
+        return head_t / total_t, tail_t / total_t

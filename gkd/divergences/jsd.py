@@ -2,7 +2,8 @@
 
 import torch
 
-from gkd.divergences.common import kl, log_mixture, log_probs
+from gkd.divergences.closed_form import apply
+from gkd.divergences.mixture import ToMixture
 
 
 def generalized_jsd(
@@ -18,9 +19,11 @@ def generalized_jsd(
     and the endpoints are not the KLs: they are refused here. TRL defines its endpoints as the KLs, which makes its
     loss jump in scale there.
 
+    The gradient in the student's logits is (1 - beta) S (log(S / M) - KL(S || M)).
+
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
         beta: 0 < beta < 1.
         normalize: divide by beta (1 - beta), so that both limits above are the KLs themselves.
 
@@ -36,7 +39,6 @@ def generalized_jsd(
             f"generalized_jsd: beta = {beta} is not inside (0, 1); the divergence is 0 at both ends. "
             f"Use {nearest} for the limit at beta = {0 if beta <= 0 else 1}"
         )
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    mixture_TV = log_mixture(teacher_TV, student_TV, weight=beta)
-    jsd_T = beta * kl(teacher_TV, mixture_TV) + (1 - beta) * kl(student_TV, mixture_TV)
+    form = ToMixture(weight=beta, teacher_factor=beta, student_factor=1 - beta)
+    jsd_T = apply(form, student_logits_TV, teacher_logits_TV)
     return jsd_T / (beta * (1 - beta)) if normalize else jsd_T

@@ -6,15 +6,16 @@ Here the name says which distribution the expectation is taken over: forward = t
 
 import torch
 
-from gkd.divergences.common import kl, log_probs
+from gkd.divergences.closed_form import Rows, apply, expectation, log_ratio, through_softmax
 
 
 def forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """KL(T || S) per token: mode covering, the loss of supervised distillation.
+    """KL(T || S) per token: mode covering, the loss of supervised distillation. Its gradient in the student's logits is
+    S - T.
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
 
     Returns:
         [T] nats, >= 0, unbounded. No mask, no mean.
@@ -22,8 +23,7 @@ def forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor)
     Raises:
         ValueError: if the shapes differ.
     """
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    return kl(teacher_TV, student_TV)
+    return apply(ForwardKl(), student_logits_TV, teacher_logits_TV)
 
 
 def reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
@@ -31,7 +31,7 @@ def reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor)
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
 
     Returns:
         [T] nats, >= 0, unbounded. No mask, no mean.
@@ -39,5 +39,28 @@ def reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor)
     Raises:
         ValueError: if the shapes differ.
     """
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    return kl(student_TV, teacher_TV)
+    return apply(ReverseKl(), student_logits_TV, teacher_logits_TV)
+
+
+class ForwardKl:
+    """KL(T || S) in closed form."""
+
+    def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t] nats."""
+        return expectation(teacher, log_ratio(teacher, student.log_p_tV))
+
+    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t, V]."""
+        return student.p_tV - teacher.p_tV
+
+
+class ReverseKl:
+    """KL(S || T) in closed form."""
+
+    def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t] nats."""
+        return expectation(student, log_ratio(student, teacher.log_p_tV))
+
+    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t, V]."""
+        return through_softmax(student, log_ratio(student, teacher.log_p_tV))

@@ -11,7 +11,9 @@ is taken over, as in the authors' code (`skewed_forward_kl`, `skewed_reverse_kl`
 
 import torch
 
-from gkd.divergences.common import kl, log_mixture, log_probs
+from gkd.divergences.closed_form import apply
+from gkd.divergences.kl import ForwardKl, ReverseKl
+from gkd.divergences.mixture import ToMixture
 
 
 def skew_forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, *, alpha: float) -> torch.Tensor:
@@ -19,7 +21,7 @@ def skew_forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
         alpha: the teacher's weight in the mixture, 0 <= alpha < 1; 0 is `forward_kl`.
 
     Returns:
@@ -29,8 +31,8 @@ def skew_forward_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
         ValueError: if the shapes differ, or alpha is not in [0, 1).
     """
     _check("skew_forward_kl", alpha, plain="forward_kl")
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    return _skew_kl(teacher_TV, student_TV, alpha)
+    form = ToMixture(weight=alpha, teacher_factor=1.0, student_factor=0.0) if alpha > 0 else ForwardKl()
+    return apply(form, student_logits_TV, teacher_logits_TV)
 
 
 def skew_reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, *, alpha: float) -> torch.Tensor:
@@ -38,7 +40,7 @@ def skew_reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
         alpha: the student's weight in the mixture, 0 <= alpha < 1; 0 is `reverse_kl`.
 
     Returns:
@@ -48,12 +50,8 @@ def skew_reverse_kl(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
         ValueError: if the shapes differ, or alpha is not in [0, 1).
     """
     _check("skew_reverse_kl", alpha, plain="reverse_kl")
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    return _skew_kl(student_TV, teacher_TV, alpha)
-
-
-def _skew_kl(log_p_TV: torch.Tensor, log_q_TV: torch.Tensor, alpha: float) -> torch.Tensor:
-    return kl(log_p_TV, log_mixture(log_p_TV, log_q_TV, weight=alpha) if alpha > 0 else log_q_TV)
+    form = ToMixture(weight=1 - alpha, teacher_factor=0.0, student_factor=1.0) if alpha > 0 else ReverseKl()
+    return apply(form, student_logits_TV, teacher_logits_TV)
 
 
 def _check(name: str, alpha: float, *, plain: str) -> None:

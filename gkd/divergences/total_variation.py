@@ -2,7 +2,7 @@
 
 import torch
 
-from gkd.divergences.common import log_probs
+from gkd.divergences.closed_form import Rows, apply, through_softmax
 
 
 def total_variation(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
@@ -17,7 +17,7 @@ def total_variation(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
 
     Args:
         student_logits_TV: [T, V], any float dtype; raised to float32 inside.
-        teacher_logits_TV: [T, V].
+        teacher_logits_TV: [T, V]; a constant, no gradient flows into it.
 
     Returns:
         [T], in [0, 1] up to rounding. No mask, no mean.
@@ -25,5 +25,16 @@ def total_variation(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Te
     Raises:
         ValueError: if the shapes differ.
     """
-    student_TV, teacher_TV = log_probs(student_logits_TV, teacher_logits_TV)
-    return 0.5 * (teacher_TV.exp() - student_TV.exp()).abs().sum(-1)
+    return apply(TotalVariation(), student_logits_TV, teacher_logits_TV)
+
+
+class TotalVariation:
+    """TV(T, S) in closed form."""
+
+    def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t]."""
+        return 0.5 * (student.p_tV - teacher.p_tV).abs_().sum(-1)
+
+    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """[t, V]."""
+        return through_softmax(student, (student.p_tV - teacher.p_tV).sign_().mul_(0.5))

@@ -23,6 +23,7 @@ from gkd.config.objective import (
     MomentMatchingObjective,
     RlGkdObjective,
     SampledKlObjective,
+    SeqKdObjective,
     SftObjective,
     SumObjective,
 )
@@ -183,7 +184,9 @@ def _build(config: BuiltObjective, field: str) -> Objective:
             )
         case DistillObjective(divergence=divergence, temperature=temperature):
             return Distill(divergence=build_divergence(divergence), temperature=temperature)
-        case SftObjective(temperature=temperature):
+        case SeqKdObjective(divergence=divergence, temperature=temperature) if divergence is not None:
+            return Distill(divergence=build_divergence(divergence), temperature=temperature)
+        case SftObjective(temperature=temperature) | SeqKdObjective(temperature=temperature):
             return SupervisedFineTuning(temperature=temperature)
         case RlGkdObjective(divergence=divergence):
             return RlGkd(

@@ -8,11 +8,9 @@ from types import SimpleNamespace
 import naive
 import pytest
 import torch
-import yaml
 from batches import objective_inputs
 from pydantic import TypeAdapter
 
-from gkd.config import dump_config, parse_config
 from gkd.config.objective import ObjectiveConfig
 from gkd.errors import UserError
 from gkd.objectives import ObjectiveOutput, build_objective
@@ -20,7 +18,6 @@ from gkd.objectives.base import adversaries_of
 from gkd.objectives.composite import Sum, Term, WeightedTokens, term_names
 from gkd.reduce import metric_means, metric_sums, sequence_token_weights, weighted_sum
 from gkd.signals import ANY_DISTRIBUTION, WHOLE_DISTRIBUTION, SignalKind
-from launch.signal_choice import check_signal
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTHS, ROWS = (4, 3, 2), 5
@@ -338,82 +335,3 @@ def test_trying_a_plug_in_out_leaves_the_runs_random_numbers_alone():
     torch.manual_seed(4)
     built(custom("custom_objectives:Plain"))
     assert torch.equal(torch.rand(3), expected)
-
-
-def run(objective, *, teacher=True, fraction=0.5, signal="auto", **sections):
-    models = {"teacher": {"model": "t", "signal": signal}} if teacher else {}
-    return parse_config(
-        {
-            "run": {"name": "a", "output_dir": "out"},
-            "student": {"model": "s"},
-            "data": {"train": {"path": "a.jsonl"}, "eval": {"path": "b.jsonl"}, "on_policy_fraction": fraction},
-            "objective": objective,
-            "trainer": {"max_steps": 1, "batch_size": 1, "learning_rate": 0.1},
-        }
-        | models
-        | sections
-    )
-
-
-def test_what_a_run_needs_follows_from_the_terms():
-    sft = {"objective": {"type": "sft"}}
-    only_sft = run(total(sft, sft), teacher=False)
-    assert not only_sft.needs_teacher and not only_sft.needs_rollouts and only_sft.needs_completions
-    both = run(total(sft, {"objective": DISTILL | {"temperature": 2.0}}))
-    assert both.needs_teacher and both.needs_rollouts and both.objective.temperature == 2.0
-    assert both.objective.evaluated_divergence.type == "forward_kl"
-    assert run(total({"objective": {"type": "sampled_kl"}})).objective.evaluated_divergence.type == "reverse_kl"
-    assert parse_config(yaml.safe_load(dump_config(both))) == both
-    assert not run(custom("a:b", teacher=False), teacher=False).needs_teacher
-    with pytest.raises(UserError, match="add `teacher"):
-        run(total(sft, {"objective": DISTILL}), teacher=False)
-
-
-@pytest.mark.parametrize(
-    ("objective", "fraction", "field", "cure"),
-    [
-        (total(), 0.5, "objective.terms", "at least 1 item"),
-        (total({"objective": {"type": "seq"}}), 0.5, "objective.terms.0.objective.type", "minillm"),
-        (
-            total({"objective": {"type": "sft", "temprature": 1}}),
-            0.5,
-            "objective.terms.0.objective.temprature",
-            "rature'",
-        ),
-        (total({"objective": DISTILL, "wait": 1}), 0.5, "objective.terms.0.wait", "weight"),
-        (total({"objective": DISTILL | {"reduction": "sequence_mean"}}), 0.5, "objective", "set the sum's reduction"),
-        (total({"objective": {"type": "sft"}}, {"objective": DISTILL}), 1.0, "data.on_policy_fraction", "lower"),
-        (total({"objective": {"type": "minillm"}}), 0.0, "data.on_policy_fraction", "raise"),
-        (total({"objective": DISTILL, "samples": "student"}), 0.0, "data.on_policy_fraction", "`terms.0`"),
-        (
-            total({"objective": DISTILL, "samples": "dataset"}, {"objective": DISTILL}),
-            1.0,
-            "data.on_policy_fraction",
-            "samples",
-        ),
-        (total({"objective": DISTILL, "weight": 0}), 0.5, "objective.terms.0.weight", "greater than 0"),
-        (
-            DISTILL | {"token_weight": {"type": "first_part", "fraction": 0}},
-            0.5,
-            "objective.token_weight.fraction",
-            "0",
-        ),
-        (DISTILL | {"token_weight": {"type": "entropie"}}, 0.5, "objective.token_weight.type", "entropy"),
-    ],
-)
-def test_mistakes_name_the_field_and_the_cure(objective, fraction, field, cure):
-    with pytest.raises(UserError, match=cure) as caught:
-        run(objective, fraction=fraction)
-    assert caught.value.field == field
-
-
-def test_evaluation_and_training_share_a_signal():
-    """What measures a divergence needs a distribution, also where the sampled tokens are enough to train on."""
-    pg, sampled = {"type": "sampled_kl"}, SignalKind.SAMPLED_LOGPROBS
-    assert check_signal(run(pg))[0] == {sampled}
-    assert check_signal(run(pg, eval={"every_steps": 1, "metrics": ["exact_match"]}))[0] == {sampled}
-    (evaluated,) = check_signal(run(pg, eval={"every_steps": 1}))
-    assert evaluated and evaluated <= ANY_DISTRIBUTION
-    with pytest.raises(UserError, match="Leave it out") as caught:
-        check_signal(run(pg, signal="sampled_logprobs", eval={"every_steps": 1}))
-    assert caught.value.field == "eval.metrics"

@@ -3,7 +3,7 @@ import torch
 from tiny import VOCABULARY, make_model
 
 from gkd.divergences import reverse_kl
-from gkd.evaluation import divergence_sum, exact_match
+from gkd.evaluation import divergence_sum, exact_match, negative_log_likelihood_sum
 from gkd.response_forward import ResponseForward
 from gkd.signals import FullLogits
 from gkd.teacher_view import view_of
@@ -43,6 +43,26 @@ def test_the_divergence_counts_the_tokens_in_the_loss():
             if r.loss_mask is None or r.loss_mask[t]:
                 student_V = whole_SV[len(r.prompt_ids) - 1 + t]
                 expected += reverse_kl(student_V[None], logits_TV[t][None]).item()
+    assert count == 3 + 3 + 0
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("rows", [VOCABULARY, VOCABULARY - 3])
+def test_the_likelihood_is_of_the_tokens_in_the_loss(rows):
+    model = make_model("qwen2")
+    rollouts = [
+        rollout(0, (2, 3, 4), (5, 6, 1)),
+        rollout(1, (7,), (8, 1, 9, 10, 1), mask=(True, True, False, False, True)),
+        rollout(2, (11, 12), (13, 1), mask=(False, False)),
+    ]
+    total, count = negative_log_likelihood_sum(ResponseForward(model), rollouts, rows=rows)
+    expected = 0.0
+    for r in rollouts:
+        with torch.no_grad():
+            log_p_SV = model(input_ids=torch.tensor([r.token_ids])).logits[0, :, :rows].log_softmax(-1)
+        for t, token in enumerate(r.response_ids):
+            if r.loss_mask is None or r.loss_mask[t]:
+                expected -= log_p_SV[len(r.prompt_ids) - 1 + t, token].item()
     assert count == 3 + 3 + 0
     assert total == pytest.approx(expected, rel=1e-5)
 

@@ -75,7 +75,18 @@ def test_memory_does_not_grow_with_the_tokens(name, monkeypatch):
         peaks.append(memory.peak_bytes)
     chunk = 16 * rows * 4
     assert peaks[2] - peaks[0] < chunk, peaks
-    assert peaks[0] < 25 * chunk
+    assert peaks[0] < 14 * chunk
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_a_chunk_is_bounded_by_tokens_and_by_size(device_type):
+    most, size = logits.CHUNK_TOKENS[device_type], logits.CHUNK_ELEMENTS[device_type]
+    assert logits.chunk_tokens(32_000, device_type) == most
+    for rows in (152_064, 262_144):
+        tokens = logits.chunk_tokens(rows, device_type)
+        assert 1 < tokens < most and tokens * rows <= size < (tokens + 1) * rows
+        assert logits.tokens_at_once(10**6, rows, device_type) == tokens
+    assert logits.chunk_tokens(2 * size, device_type) == 1
 
 
 def test_few_logits_are_made_once():

@@ -111,6 +111,19 @@ def test_the_gradient_of_a_sparse_divergence_is_that_of_the_merged_distributions
     torch.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-5)
 
 
+def test_tokens_that_the_teachers_head_lacks_are_left_out():
+    """The student's head may have more rows: what it thought most probable need not be the teacher's to score."""
+    _, teacher, ids = pair(tokens=3)
+    chosen = torch.tensor([[9, 2, 30], [11, 10, 9], [-1, 9, 5]])
+    found = top_k_signal(WholeLogits(teacher), ids, k=2, temperature=1.0, student_ids_TM=chosen)
+    known = top_k_signal(
+        WholeLogits(teacher), ids, k=2, temperature=1.0, student_ids_TM=torch.where(chosen < 9, chosen, -1)
+    )
+    for name in ("ids_TK", "logprobs_TK", "tail_T", "sampled_T"):
+        np.testing.assert_array_equal(getattr(found, name), getattr(known, name))
+    assert 2 in found.ids_TK[0] and 5 in found.ids_TK[2] and found.ids_TK.max() < 9
+
+
 def test_a_students_own_favourites_are_not_lost_in_the_bucket():
     """Reverse KL is about tokens that the student likes and the teacher does not: those are scored, too."""
     student = torch.full((1, 50), -5.0)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import make_config
 
-from gkd.compress.truncate import DEFAULT_STRATEGY, STRATEGIES, kept_layers, truncate, truncated_config
+from gkd.compress.strategies import DEFAULT_STRATEGY, STRATEGIES, kept_layers
+from gkd.compress.truncate import truncate, truncated_config
 
 ROWS = 64
 TABLES = [

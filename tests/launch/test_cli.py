@@ -45,7 +45,7 @@ def gkd(setup, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray is not this command's
 
     def run(verb, *arguments, config_file=config):
-        head = [str(config_file)] if verb in ("train", "check") else []
+        head = [str(config_file)] if verb in ("train", "check", "score") else []
         monkeypatch.setattr(sys, "argv", ["gkd", verb, *head, *map(str, arguments)])
         try:
             cli.main()
@@ -308,6 +308,19 @@ def test_mistakes_in_eval(gkd, setup, arguments, field, cure):
     code, _, err = gkd("eval", "--data", tree["data"]["train"]["path"], *filled)
     assert code == 2
     assert err.startswith(f"error: {field} = ") and cure in err
+
+
+def test_a_cache_of_other_signals_ends_every_command_that_would_use_it(gkd, setup, tmp_path):
+    (tmp_path / "cache").mkdir()
+    stored = {"kind": "top_k", "temperature": 2.0}
+    (tmp_path / "cache" / "signal.json").write_text(json.dumps(stored))
+    changes = [f"teacher.cache={tmp_path / 'cache'}", "data.on_policy_fraction=0"]
+    for verb in ("train", "check", "score"):
+        code, _, err = gkd(verb, *changes)
+        assert code == 2 and err.startswith("error: teacher.cache = ") and "or name another folder." in err
+    code, _, err = gkd("score", *changes[:1], "data.on_policy_fraction=1")
+    assert code == 2 and err.startswith("error: data.on_policy_fraction = ")
+    assert not (setup[0] / "out").exists()
 
 
 def test_the_installed_command(setup, tmp_path):

@@ -1,5 +1,7 @@
 """The estimate against hand-computed numbers, and its measured constants against what torch really holds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from batches import objective_inputs
@@ -7,11 +9,17 @@ from live_memory import LiveMemory
 from tiny import make_config
 
 from gkd.config import parse_config
+from gkd.divergences import closed_form
 from gkd.objectives import build_objective
 from gkd.signals import SignalKind
 from launch.architecture import Architecture, read_architecture
-from launch.memory import GIB, Need, Sizes, _activations, _logit_tensors, available_memory, estimate, memory_warning
+from launch.memory import GIB, Need, Sizes, _activations, _logit_rows, available_memory, estimate, memory_warning
 
+CUSTOM = {
+    "type": "custom",
+    "path": f"{Path(__file__).resolve().parents[2]}/docs/examples/my_divergence.py:renyi",
+    "kwargs": {"order": 0.5},
+}
 STUDENT = Architecture(
     recomputes=True,
     name="Student",
@@ -80,7 +88,7 @@ def test_a_plain_run_on_a_cpu_host():
         "gradients": 4000,
         "optimizer": 8000,
         "activations": 3 * layer,
-        "logits": 4 * 30 * 100 * 10,
+        "logits": 4 * 30 * 100 * 14,
         "weight buckets": 2 * 1200,
         "libraries": libraries,
     }
@@ -124,7 +132,7 @@ def test_what_is_offloaded_leaves_the_gpu():
 def test_a_long_sequence_and_a_small_batch_bound_a_micro_batch():
     def positions(**trainer):
         parts = needs(config(trainer=trainer), on_gpu=True)["trainer"].parts
-        return parts["activations"] // (3 * 240 * 4), parts["logits"] // (4 * 100 * 10)
+        return parts["activations"] // (3 * 240 * 4), parts["logits"] // (4 * 100 * 14)
 
     assert positions(tokens_per_micro_batch=1) == (16, 16)
     assert positions(tokens_per_micro_batch=10_000) == (8 * 16, 8 * 10)
@@ -163,18 +171,24 @@ def test_runs_without_engine_or_teacher():
         {"type": "distill", "divergence": {"type": "reverse_kl"}},
         {"type": "distill", "divergence": {"type": "forward_kl"}},
         {"type": "distill", "divergence": {"type": "generalized_jsd"}},
+        {"type": "distill", "divergence": {"type": "skew_reverse_kl"}},
+        {"type": "distill", "divergence": {"type": "adaptive_kl"}},
+        {"type": "distill", "divergence": CUSTOM},
     ],
 )
-def test_the_logits_estimate_is_what_objectives_hold(objective, dtype):
+@pytest.mark.parametrize("of_block", [1, 4, 16])
+def test_the_logits_estimate_is_what_objectives_hold(objective, dtype, of_block, monkeypatch):
     parsed = config(objective=objective)
     T, V = 16, 4000
+    monkeypatch.setitem(closed_form.BLOCK_ELEMENTS, "cpu", of_block * V)
     with LiveMemory() as memory:
         student_TV = torch.randn(T, V, dtype=dtype, requires_grad=True)
         teacher_TV = torch.randn(T, V, dtype=dtype) if objective["type"] == "distill" else None
         output = build_objective(parsed.objective)(objective_inputs(student_TV * 1.0, teacher_TV))
         output.loss_T.sum().backward()
-    measured = memory.peak_bytes / (4 * T * V)
-    assert 0.65 * _logit_tensors(parsed) < measured < 1.05 * _logit_tensors(parsed)
+    measured = memory.peak_bytes / (4 * V)
+    estimated = _logit_rows(parsed, T, of_block)
+    assert 0.6 * estimated < measured < 1.05 * estimated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

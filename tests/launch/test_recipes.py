@@ -32,5 +32,17 @@ def test_a_recipe_passes_the_check_and_needs_what_its_header_says(name, num_gpus
         assert f"{counts[worker]} {word}" in header
 
 
+def test_the_recipe_on_plain_text_passes_the_check(tmp_path):
+    path = CONFIGS / "truncate" / "text.yaml"
+    output = io.StringIO()
+    config = load_config(path, [f"run.output_dir={tmp_path}"])
+    run_check(config, Console(file=output, width=200), offline=True)
+    assert "'Qwen/Qwen3-0.6B' is not on this host" in output.getvalue()
+    assert (config.needs_engine, config.needs_teacher) == (False, False)
+    command = next(line.strip("# ") for line in path.read_text().splitlines() if "objective={" in line)
+    distill = [f"run.output_dir={tmp_path}", "data.on_policy_fraction=0", *command.replace("'", "").split(" ", 1)]
+    run_check(load_config(path, distill), Console(file=output, width=200), offline=True)
+
+
 def test_every_recipe_is_tried():
     assert len(list(CONFIGS.glob("*.yaml"))) == 3

@@ -87,6 +87,7 @@ def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
 
 
 MAY_CHANGE = {
+    "teacher__cache": "signals",
     "rollout__num_actors": 2,
     "rollout__tensor_parallel_size": 2,
     "trainer__tokens_per_micro_batch": 64,
@@ -110,6 +111,7 @@ MAY_NOT = {
     "trainer__dtype": "bfloat16",
     "rollout__samples_per_prompt": 4,
     "data__overlong": "truncate",
+    "data__text_block_tokens": 8,
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_config
 
-from gkd.config.objective import DistillObjective, SftObjective
+from gkd.config.objective import DistillObjective, SeqKdObjective, SftObjective
 from gkd.errors import UserError
 from launch.self_test import self_test
 
@@ -55,6 +55,9 @@ def test_what_is_no_divergence_is_refused(tmp_path, name, found):
     with pytest.raises(UserError, match=f"{found} where teacher and student are the same model") as caught:
         self_test(path, distill(custom), field="student.model")
     assert caught.value.field == "objective.divergence" and caught.value.value == f"divergences:{name}"
+    of_sequences = SeqKdObjective.model_validate({"type": "seq_kd", "form": "divergence", "divergence": custom})
+    with pytest.raises(UserError, match=f"{found} where teacher and student are the same model"):
+        self_test(path, of_sequences, field="student.model")
 
 
 def test_large_models_are_tested_as_quickly(tmp_path):

@@ -130,8 +130,8 @@ def test_each_worker_is_told_what_its_own_teacher_is():
     parsed = config(A | {"dtype": "bfloat16", "student_top_k": 3}, B | {"student_top_k": 7})
     models = (SimpleNamespace(path="/x"), SimpleNamespace(path="/y"))
     kinds = (SignalKind.HIDDEN_STATES, SignalKind.FULL_LOGITS)
-    facts = SimpleNamespace(teachers=models, rows=18, sizes=SimpleNamespace(signals=kinds))
-    found = [(s.name, s.model, s.dtype, s.signal) for s in teacher_settings(parsed, facts)]
+    facts = SimpleNamespace(teachers=models, rows=18, sizes=SimpleNamespace(signals=kinds), caches=(None, None))
+    found = [(s.name, s.model, s.dtype, s.signal) for s in teacher_settings(parsed, facts, on_gpu=False)]
     assert found == [("a", "/x", "bfloat16", kinds[0]), ("b", "/y", "float32", kinds[1])]
     head = SimpleNamespace(head=SimpleNamespace(remote=lambda: "head of a"))
     assert heads(parsed, facts, [[head, None], [None]]) == {"a": "head of a"}

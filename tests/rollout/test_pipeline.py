@@ -74,7 +74,10 @@ class FakeTeachers:
 
     def submit(self, key, rollouts):
         self.groups.append((key, tuple(r.id for r in rollouts)))
-        scored = ScoredGroup(signals=[r.id for r in rollouts], seconds=0.5, num_bytes=8)
+        kept = sum(rollout.source == "dataset" for rollout in rollouts)
+        scored = ScoredGroup(
+            signals=[r.id for r in rollouts], seconds=0.5, num_bytes=8, num_looked_up=kept, num_found=kept > 1
+        )
         threading.Timer(0.0005, lambda: self.post(lambda: self.deliver(key, scored))).start()
 
 
@@ -138,6 +141,9 @@ def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, ma
         assert batch.rollouts and tuple(r.id for r in batch.rollouts) == mixer(fraction).plan(batch.step).samples
         for group, signals in zip(batch.groups, batch.signals, strict=True):
             assert list(group) == signals
+        given = {rollout.id for rollout in batch.rollouts if rollout.source == "dataset"}
+        assert batch.num_looked_up == len(given)
+        assert batch.num_found == sum(len(given.intersection(group)) > 1 for group in batch.groups)
         for rollout in batch.rollouts:
             if rollout.versions:
                 assert 0 <= batch.step - 1 - rollout.versions[0] <= max_staleness

@@ -10,7 +10,7 @@ from gkd.types import Prompt, Rollout, SampleId
 from rollout.idle import IdleClock
 from rollout.reward_actor import RewardPool
 from rollout.rollout_actor import RolloutPool
-from rollout.teacher_actor import TeacherPool
+from rollout.teacher_actor import Account, TeacherPool
 
 
 class Method:
@@ -190,9 +190,11 @@ def test_groups_go_to_the_teacher_that_is_free():
     assert [len(t.score.calls) for t in teachers] == [2, 2]  # one at work and one ahead, the rest waits
     for _ in range(2):
         future = next(future for _, future in teachers[1].score.calls if not future.done())
-        future.set_result((0.5, 8))
+        future.set_result(Account(0.5, 8, 4, 3))
     assert [len(t.score.calls) for t in teachers] == [2, 4]
-    assert all(scored.seconds == 0.5 and scored.num_bytes == 8 for scored in delivered.values()) and len(delivered) == 2
+    assert len(delivered) == 2
+    for scored in delivered.values():
+        assert (scored.seconds, scored.num_bytes, scored.num_looked_up, scored.num_found) == (0.5, 8, 4, 3)
 
 
 def test_a_worker_that_fails_ends_the_run_with_its_error():

@@ -33,7 +33,7 @@ def contents(records):
     ("lines", "problem"),
     [
         (['{"prompt": "ab"}', "{broken"], "line 2.*not valid JSON"),
-        (['{"prompt": "ab"}', "", '{"text": "ab"}'], "line 3.*no prompt and no messages"),
+        (['{"prompt": "ab"}', "", '{"body": "ab"}'], "line 3.*no prompt and no messages"),
         (['{"prompt": ""}'], "no prompt"),
         (['["ab"]'], "no JSON object"),
         (['{"prompt": 3}'], "prompt that is no text but int"),
@@ -147,10 +147,10 @@ def test_parquet_files_longer_than_a_batch_keep_their_order(tmp_path):
 
 def test_sources_that_cannot_be_read_say_why(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    dataset = datasets.Dataset.from_list([{"text": "a", "n": 1}])
+    dataset = datasets.Dataset.from_list([{"body": "a", "n": 1}])
     dataset.save_to_disk(tmp_path / "saved")
     datasets.DatasetDict({"validation": dataset}).save_to_disk(tmp_path / "splits")
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "data.parquet")
+    pq.write_table(pa.table({"body": ["a"]}), tmp_path / "data.parquet")
     (tmp_path / "data.txt").write_text('{"prompt": "a"}\n')
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "state.json").write_text("{}")
@@ -164,8 +164,8 @@ def test_sources_that_cannot_be_read_say_why(tmp_path, monkeypatch):
         assert caught.value.field == "data.train.path" and caught.value.value.startswith(str(path))
         return f"{caught.value.problem} {caught.value.cure}"
 
-    assert "no column 'prompt' and no column 'messages'; it has: text, n" in problem(tmp_path / "saved")
-    assert "it has: text." in problem(tmp_path / "data.parquet")
+    assert "no column 'prompt', 'messages' or 'text'; it has: body, n" in problem(tmp_path / "saved")
+    assert "it has: body." in problem(tmp_path / "data.parquet")
     assert "no split 'train'" in (found := problem(tmp_path / "splits")) and "one of: validation" in found
     assert "no split 'test'" in problem(tmp_path / "saved", split="test")
     assert "has no subsets" in problem(tmp_path / "saved", subset="main")

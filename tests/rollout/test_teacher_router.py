@@ -27,7 +27,9 @@ class FakePool:
         """Answer one of the open groups."""
         key, rollouts = self.open.pop(number)
         signals = self.score_now([rollouts])[0]
-        scored = ScoredGroup(signals=signals, seconds=0.5, num_bytes=8 * len(rollouts))
+        scored = ScoredGroup(
+            signals=signals, seconds=0.5, num_bytes=8 * len(rollouts), num_looked_up=2, num_found=self.name == "b"
+        )
         self.post(lambda: self.deliver(key, scored))
 
     def score_now(self, groups):
@@ -94,6 +96,7 @@ def test_a_mixture_comes_back_once_when_all_have_answered_in_any_order(count, ra
             tuple((name, names(group(key[1]))) for name in "abc"), (0.5, 0.3, 0.2)
         )  # in the weights' order, whoever was first
         assert (scored.seconds, scored.num_bytes) == (1.5, 48)
+        assert (scored.num_looked_up, scored.num_found) == (6, 1)
 
 
 def test_evaluation_gets_the_signals_in_its_own_order():

@@ -1,6 +1,9 @@
 """What end-to-end tests ask of a run's metrics and ledger, and the run that is resumed."""
 
+from tiny import ALPHABET, EOS
+
 STEPS = 4
+_IDS = {letter: i + 2 for i, letter in enumerate(ALPHABET)}
 
 
 def losses(metrics):
@@ -32,3 +35,30 @@ def run_and_resume(train, folder, changes, **models):
     again, again_ledger, resumed = train(f"{folder}-resumed", changes | half | from_half, **models)
     assert len(again) == STEPS and identities(again_ledger) == identities(ledger)
     return (metrics, ledger, whole), (again, again_ledger, resumed)
+
+
+def written(folder, ledger, step, *, source):
+    """(prompt, response) of every sample of a step as token ids, from the text that the run recorded of all of them."""
+    lines = [line for line in ledger if line["step"] == step]
+    blocks = (folder / "rollouts" / f"step_{step}.txt").read_text().split("\n\n")
+    pairs = []
+    for line, block in zip(lines, blocks, strict=True):
+        header, prompt, response = block.strip("\n").split("\n")
+        identity = f"epoch {line['epoch']}, prompt {line['prompt_index']}, sample {line['sample_index']}"
+        assert header.startswith(f"### {identity}: {source}, ")
+        response = response.removeprefix(">>> ").replace("<eos>", "").replace("<pad>", "?")
+        ids = [_IDS.get(letter, 0) for letter in response] + [EOS] * (line["stop_reason"] == "stop")
+        assert len(ids) == line["tokens"]
+        pairs.append(([_IDS[letter] for letter in prompt], ids))
+    return pairs
+
+
+def response_logits(model, pairs):
+    """[T, V] of all responses one after the other, by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    with torch.no_grad():
+        found = [loaded(input_ids=torch.tensor([prompt + response])).logits[0] for prompt, response in pairs]
+    return torch.cat([rows[len(prompt) - 1 : -1] for rows, (prompt, _) in zip(found, pairs, strict=True)])

@@ -202,6 +202,28 @@ def test_rewards_are_recorded_of_what_the_student_wrote(tmp_path):
     assert "reward 1" in dumps[0] and "reward" not in dumps[1]
 
 
+def test_what_the_teacher_wrote_was_generated_and_is_off_policy():
+    base = [sample.rollout for sample in scored_batch(lengths=[(2, 3), (1, 2)])]
+    # The teacher had a longer prompt of its own, most of it in the engine's cache.
+    own = {"teacher_prompt_ids": (3,) * 8, "num_cached_tokens": 6}
+    off_policy = [replace(rollout, versions=None, stop_reason="stop", logprobs=None, **own) for rollout in base]
+    teacher = metrics_of(scored([replace(rollout, source="teacher") for rollout in off_policy], step=7))
+    assert (teacher["tokens/generated"], teacher["rollout/mean_length"], teacher["source/on_policy"]) == (5, 2.5, 0.0)
+    assert (teacher["staleness/max"], teacher["rollout/stopped_fraction"]) == (0, 1.0)
+    assert teacher["rollout/prefix_cached_fraction"] == 0.75
+    assert not [
+        key for key in teacher if key.startswith("staleness/") and key not in ("staleness/max", "staleness/mean")
+    ]
+    dataset = metrics_of(scored([replace(rollout, source="dataset") for rollout in off_policy], step=7))
+    assert (dataset["tokens/generated"], dataset["rollout/mean_length"]) == (0, None)
+
+
+def test_the_share_that_a_cache_gave_is_recorded_where_it_was_asked():
+    batch = scored([scored_batch(lengths=[(1, 1)])[0].rollout], step=1)
+    assert metrics_of(replace(batch, num_looked_up=4, num_found=3))["teacher/cache_hits"] == 0.75
+    assert "teacher/cache_hits" not in metrics_of(batch)
+
+
 class FakeRank:
     """A rank whose calls are made at once; its part has been pickled, as Ray would."""
 

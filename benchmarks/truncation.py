@@ -1,0 +1,171 @@
+"""Teacher-free truncation, compared (Jha et al., arXiv 2305.14864): `make bench-truncation`.
+
+The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained
+on by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
+weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
+same data); maximum likelihood for as many steps as that distillation's FLOPs pay for; and the same shape from random
+weights with the teacher's whole training. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
+command goes on where it stopped.
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import AutoTokenizer
+
+from benchmarks.quality import task
+from benchmarks.quality.measure import cross_entropy, exact_match, load
+from benchmarks.quality.runs import FOLDER, TEACHER_BATCH, TEACHER_STEPS, trained_teacher
+from benchmarks.truncation_tables import Run, write_tables
+from gkd.compress.flops import vanilla_kd_ratio
+from gkd.config import parse_config
+from launch.init_student import InitStudentRequest, run_init_student
+from launch.ray_session import ray_session
+from launch.train import run_training
+
+RESULTS = Path(__file__).parent / "results" / "truncation.jsonl"
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
+LAYERS = 3
+STEPS = 120
+BATCH = 32
+RATE = 2.5e-3
+SEEDS = (0, 1, 2)
+STRATEGIES = ("first_k", "both_ends", "uniform", "last_k")
+METHODS = ("first_k", "random", "both_ends", "uniform", "last_k", "kd", "equal_flops", "scratch")
+RECORDS = 12_000
+"""Of the teacher's data, in its order: what students train on; the one with the whole budget has all of it."""
+TESTED = 500
+"""Test problems that are answered."""
+EVERY = 10
+"""Steps between the points of a curve."""
+
+
+def main() -> None:
+    """Do what is not done yet, then write the page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no run after so many")
+    parser.add_argument("--report", action="store_true", help="write the page alone")
+    options = parser.parse_args()
+    console, until = Console(), time.monotonic() + 60 * options.minutes
+    if not options.report:
+        with ray_session():
+            for method, seed in _open(finished()):
+                if time.monotonic() > until:
+                    break
+                result = run(method, seed, console)
+                with RESULTS.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+                console.print(f"{method}, seed {seed}: {result.start_ce:.3f} -> {result.end_ce:.4f} nats")
+    write_tables(finished(), PAGE)
+
+
+def finished() -> list[Run]:
+    """What is in the results file."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [Run(**row | {"curve": {int(step): ce for step, ce in row["curve"].items()}}) for row in rows]
+
+
+def _open(done: Sequence[Run]) -> Iterator[tuple[str, int]]:
+    """Runs that are still to be done: all methods with one seed, then with the next."""
+    known = {(result.method, result.seed) for result in done}
+    return ((method, seed) for seed in SEEDS for method in METHODS if (method, seed) not in known)
+
+
+def run(method: str, seed: int, console: Console) -> Run:
+    """Train one student and measure it."""
+    if not (FOLDER / "models" / "teacher").is_dir():
+        task.prepare(FOLDER)
+    teacher = trained_teacher(0, console)
+    start = _first_student(method, teacher, seed, console)
+    ratio = vanilla_kd_ratio(load(start), load(teacher))
+    config = _config(method, start, teacher, seed, ratio)
+    export = run_training(parse_config(config), console)
+    lines = [json.loads(line) for line in (export.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    held_out, test = task.read(FOLDER, "validation"), task.read(FOLDER, "test")[:TESTED]
+    result = Run(
+        method=method,
+        seed=seed,
+        steps=config["trainer"]["max_steps"],
+        batch=config["trainer"]["batch_size"],
+        teacher_ce=cross_entropy(load(teacher), tokenizer, held_out),
+        start_ce=cross_entropy(load(start), tokenizer, held_out),
+        end_ce=cross_entropy(load(export), tokenizer, held_out),
+        exact_match=exact_match(load(export), tokenizer, test),
+        curve={line["step"]: line["eval/cross_entropy"] for line in lines if "eval/cross_entropy" in line},
+        tokens=sum(line["tokens/trained"] for line in lines),
+        train_s=sum(line["time/step_s"] for line in lines),
+        flop_ratio=ratio,
+    )
+    shutil.rmtree(export.parent)  # what is kept of a run is its line
+    return result
+
+
+def _first_student(method: str, teacher: Path, seed: int, console: Console) -> Path:
+    """What a method begins with; made once."""
+    is_random = method in ("random", "scratch")
+    strategy = method if method in STRATEGIES else STRATEGIES[0]
+    folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else strategy)
+    if not folder.is_dir():
+        request = InitStudentRequest(
+            teacher=str(teacher),
+            output=folder,
+            num_layers=LAYERS,
+            strategy=strategy,
+            layers=None,
+            random=is_random,
+            seed=seed,
+        )
+        run_init_student(request, console)
+    return folder
+
+
+def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) -> dict[str, Any]:
+    """Of a run of `gkd train`."""
+    whole_budget = method == "scratch"
+    steps = TEACHER_STEPS if whole_budget else round(STEPS * ratio) if method == "equal_flops" else STEPS
+    name = f"{method}-{seed}"
+    config: dict[str, Any] = {
+        "run": {"name": name, "seed": seed, "output_dir": str(FOLDER / "truncation" / "runs" / name)},
+        "student": {"model": str(start)},
+        "data": {
+            "train": {"path": str(FOLDER / "data" / "teacher.jsonl" if whole_budget else _few_records())},
+            "eval": {"path": str(FOLDER / "data" / "validation.jsonl")},
+            "on_policy_fraction": 0.0,
+        },
+        "objective": {"type": "sft"},
+        "eval": {"every_steps": 5 * EVERY if whole_budget else EVERY, "metrics": ["cross_entropy"]},
+        "trainer": {
+            "max_steps": steps,
+            "batch_size": TEACHER_BATCH if whole_budget else BATCH,
+            "learning_rate": RATE,
+            "lr_schedule": "cosine",
+            "warmup_steps": 50 if whole_budget else 10,
+            "checkpoint_every": 0,
+        },
+    }
+    if method == "kd":
+        forward_kl = {"type": "distill", "divergence": {"type": "forward_kl"}}
+        terms = [{"weight": 0.5, "objective": {"type": "sft"}}, {"weight": 0.5, "objective": forward_kl}]
+        config |= {"teacher": {"model": str(teacher)}, "objective": {"type": "sum", "terms": terms}}
+    return config
+
+
+def _few_records() -> Path:
+    path = FOLDER / "data" / "continue.jsonl"
+    if not path.exists():
+        lines = (FOLDER / "data" / "teacher.jsonl").read_text(encoding="utf-8").splitlines()
+        path.write_text("\n".join(lines[:RECORDS]) + "\n", encoding="utf-8")
+    return path
+
+
+if __name__ == "__main__":
+    main()

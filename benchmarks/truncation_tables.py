@@ -1,0 +1,141 @@
+"""What the finished runs of the truncation comparison show, as a part of docs/RESULTS.md."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+TITLES = {
+    "first_k": "first 3 layers",
+    "both_ends": "2 first, 1 last",
+    "uniform": "evenly spaced (0, 2, 5)",
+    "last_k": "last 3 layers",
+    "random": "random weights",
+    "kd": "first 3, vanilla KD",
+    "equal_flops": "first 3, the FLOPs of KD",
+    "scratch": "random weights, the teacher's whole budget",
+}
+"""Method -> its name in the table, in the table's order."""
+_BEGIN, _END = "<!-- truncation: begin -->", "<!-- truncation: end -->"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """A finished run; the fields are the columns of the results file."""
+
+    method: str
+    """One of `TITLES`."""
+    seed: int
+    """Of the order of the data, and of random weights."""
+    steps: int
+    """Optimizer steps."""
+    batch: int
+    """Samples of a step."""
+    teacher_ce: float
+    """Validation cross-entropy of the teacher on the right completions, in nats per token."""
+    start_ce: float
+    """Of the student before its training, measured by transformers alone."""
+    end_ce: float
+    """And after it, likewise."""
+    exact_match: float
+    """Greedy answers that are right, after it."""
+    curve: dict[int, float]
+    """Step -> validation cross-entropy, as the run itself measured it (`eval/cross_entropy`)."""
+    tokens: int
+    """Tokens trained on."""
+    train_s: float
+    """Time of the steps and the waits between them, start-up and evaluation apart."""
+    flop_ratio: float
+    """Of distillation to maximum likelihood for the same tokens, by the models' parameters."""
+
+    @property
+    def recovered(self) -> float:
+        """Share of what truncation cost in cross-entropy that the training won back."""
+        return (self.start_ce - self.end_ce) / (self.start_ce - self.teacher_ce)
+
+    @property
+    def flops(self) -> float:
+        """Of the run, in units of one sample's maximum likelihood."""
+        return self.steps * self.batch * (self.flop_ratio if self.method == "kd" else 1.0)
+
+
+def write_tables(runs: Sequence[Run], page: Path) -> None:
+    """Put what was found between the marks of the page."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(_BEGIN)
+    after = rest.partition(_END)[2]
+    text = "\n".join(_found(runs)) if runs else "No run is finished yet."
+    page.write_text(f"{before}{_BEGIN}\n{text}\n{_END}{after}", encoding="utf-8")
+
+
+def _found(runs: Sequence[Run]) -> list[str]:
+    teacher, ratio = runs[0].teacher_ce, runs[0].flop_ratio
+    unit = next((run.flops for run in runs if run.method == "first_k"), runs[0].flops)
+    rows = [
+        "| student | seeds | steps | FLOPs | CE before | CE after | recovered | exact match | seconds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for method, title in TITLES.items():
+        own = [run for run in runs if run.method == method]
+        if own:
+            cells = [
+                title,
+                str(len(own)),
+                f"{own[0].steps:,} x {own[0].batch}",
+                f"{own[0].flops / unit:.2f}",
+                _spread(own, lambda run: run.start_ce),
+                _spread(own, lambda run: run.end_ce, digits=4),
+                f"{statistics.fmean(run.recovered for run in own):.1%}",
+                _spread(own, lambda run: run.exact_match),
+                f"{statistics.median(run.train_s for run in own):.0f}",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
+    return [
+        f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row; vanilla KD takes {ratio:.2f}",
+        "times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean and standard deviation",
+        "over the seeds.",
+        "",
+        *rows,
+        "",
+        *_relations(runs),
+    ]
+
+
+def _spread(runs: Sequence[Run], of: Callable[[Run], float], *, digits: int = 3) -> str:
+    values = [of(run) for run in runs]
+    deviation = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{digits}f}{deviation}"
+
+
+def _relations(runs: Sequence[Run]) -> list[str]:
+    """What the paper expects, and what came out: paired differences, seed by seed."""
+    by = {(run.method, run.seed): run for run in runs}
+
+    def pairs(first: str, second: str) -> list[tuple[Run, Run]]:
+        seeds = sorted({run.seed for run in runs})
+        return [(by[first, s], by[second, s]) for s in seeds if (first, s) in by and (second, s) in by]
+
+    def differences(first: str, second: str) -> str:
+        return ", ".join(f"{a.end_ce - b.end_ce:+.4f}" for a, b in pairs(first, second))
+
+    found = []
+    if random := pairs("first_k", "random"):
+        below = all(a.curve[step] < b.curve[step] for a, b in random for step in a.curve)
+        where = "at every point of the curves" if below else "not at every point of the curves"
+        found.append(
+            f"- Truncated against random weights at equal tokens: {differences('first_k', 'random')} nats in the end; "
+            f"lower {where}."
+        )
+    for method in ("kd", "equal_flops"):
+        budget = "equal tokens" if method == "kd" else "equal FLOPs"
+        sides = ("first_k", "kd") if method == "kd" else ("equal_flops", "kd")
+        if pairs(*sides):
+            found.append(f"- Teacher-free against vanilla KD at {budget}: {differences(*sides)} nats.")
+    for other in ("both_ends", "uniform", "last_k"):
+        if pairs("first_k", other):
+            found.append(f"- The first layers against {TITLES[other]}: {differences('first_k', other)} nats.")
+    if pairs("scratch", "equal_flops"):
+        found.append(
+            f"- From scratch with the whole budget against the longer truncated run: "
+            f"{differences('scratch', 'equal_flops')} nats."
+        )
+    return found

@@ -1,0 +1,94 @@
+"""How divergences in closed form are computed; what they compute is in test_divergences.py."""
+
+import pytest
+import torch
+from live_memory import LiveMemory
+
+from gkd import divergences, logits
+from gkd.divergences import closed_form
+from gkd.divergences.kl import ReverseKl
+from gkd.logits import map_chunks
+
+DIVERGENCES = {
+    "forward_kl": divergences.forward_kl,
+    "reverse_kl": divergences.reverse_kl,
+    "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.3),
+    "skew_forward_kl": lambda s, t: divergences.skew_forward_kl(s, t, alpha=0.2),
+    "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
+    "total_variation": divergences.total_variation,
+    "adaptive_kl": lambda s, t: divergences.adaptive_kl(s, t, head_mass=0.5),
+}
+
+
+def random_logits(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("elements", [1, 90, 100])
+def test_blocks_change_nothing(name, elements, monkeypatch):
+    """Blocks of one token, of 3 with 1 left over, and of 3 with room to spare."""
+    results = []
+    for size in (2**20, elements):
+        monkeypatch.setitem(closed_form.BLOCK_ELEMENTS, "cpu", size)
+        student = random_logits(7, 30).requires_grad_()
+        loss_T = DIVERGENCES[name](student, random_logits(7, 30, seed=1))
+        (gradient_TV,) = torch.autograd.grad(loss_T, student, torch.linspace(0.5, 2.0, 7))
+        results.append((loss_T, gradient_TV))
+    for found, expected in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_one_tensor_is_made_beside_the_logits(name, monkeypatch):
+    """Student, teacher and gradient, and at most 12 tensors of a block, here of one token."""
+    tokens, rows = 64, 1000
+    monkeypatch.setitem(closed_form.BLOCK_ELEMENTS, "cpu", rows)
+    student, teacher = random_logits(tokens, rows).requires_grad_(), random_logits(tokens, rows, seed=1)
+    with LiveMemory() as memory:
+        DIVERGENCES[name](student, teacher).sum().backward()
+    assert 3 * tokens < memory.peak_bytes / (4 * rows) < 3 * tokens + 12
+
+
+def test_a_chunk_makes_its_value_once_and_its_gradient_once(monkeypatch):
+    calls = []
+
+    class Counted(ReverseKl):
+        def value(self, student, teacher):
+            calls.append("value")
+            return super().value(student, teacher)
+
+        def gradient(self, student, teacher):
+            calls.append("gradient")
+            return super().gradient(student, teacher)
+
+    monkeypatch.setattr(logits, "_DIRECT", 0)
+    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": 4})
+    student, teacher = random_logits(8, 30).requires_grad_(), random_logits(8, 30, seed=1)
+    (loss_T,) = map_chunks(
+        lambda span: (closed_form.apply(Counted(), student[span] * 2, teacher[span]),),
+        num_tokens=8,
+        num_rows=30,
+        device=student.device,
+    )
+    loss_T.sum().backward()
+    assert calls == ["value"] * 2 + ["gradient"] * 2
+    whole = student.detach().clone().requires_grad_()
+    divergences.reverse_kl(whole * 2, teacher).sum().backward()
+    torch.testing.assert_close(student.grad, whole.grad)
+
+
+def test_the_teacher_is_a_constant_and_nothing_is_differentiated_twice():
+    student, teacher = random_logits(2, 5).requires_grad_(), random_logits(2, 5, seed=1).requires_grad_()
+    loss = divergences.forward_kl(student, teacher).sum()
+    gradient, of_teacher = torch.autograd.grad(loss, (student, teacher), create_graph=True, allow_unused=True)
+    assert of_teacher is None
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+def test_no_tokens_at_all():
+    student = torch.zeros(0, 5, requires_grad=True)
+    loss_T = divergences.reverse_kl(student, torch.zeros(0, 5))
+    loss_T.sum().backward()
+    assert loss_T.shape == (0,) and student.grad.shape == (0, 5)

@@ -1,0 +1,64 @@
+"""What the truncation comparison says of runs that are known."""
+
+import pytest
+
+from benchmarks.truncation import METHODS, STRATEGIES, _config, _open
+from benchmarks.truncation_tables import TITLES, Run, write_tables
+from gkd.compress.strategies import STRATEGIES as KNOWN
+from gkd.config import parse_config
+
+
+def a_run(method="first_k", seed=0, end_ce=0.2, **changes):
+    known = {
+        "method": method,
+        "seed": seed,
+        "steps": 120,
+        "batch": 32,
+        "teacher_ce": 0.1,
+        "start_ce": 1.1,
+        "end_ce": end_ce,
+        "exact_match": 0.5,
+        "curve": {10: end_ce + 0.5, 20: end_ce},
+        "tokens": 1000,
+        "train_s": 3.0,
+        "flop_ratio": 1.5,
+    }
+    return Run(**known | changes)
+
+
+def test_recovery_is_a_share_of_what_was_lost_and_distillation_pays_for_its_teacher():
+    assert a_run().recovered == pytest.approx(0.9)
+    assert a_run("kd").flops == 1.5 * a_run().flops
+
+
+def test_the_page_gets_paired_differences_between_its_marks(tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("before\n<!-- truncation: begin -->\nold\n<!-- truncation: end -->\nafter\n")
+    runs = [a_run(seed=s, end_ce=0.2 + s) for s in (0, 1)] + [a_run("random", s, end_ce=0.5 + 2 * s) for s in (0, 1)]
+    write_tables(runs, page)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
+    assert "| first 3 layers | 2 | 120 x 32 | 1.00 | 1.100 ± 0.000 | 0.7000 ± 0.7071 | 40.0% |" in text
+    assert "-0.3000, -1.3000 nats in the end; lower at every point of the curves" in text
+    assert "vanilla KD at" not in text, "what has no run is not compared"
+    write_tables([*runs, a_run(seed=2, end_ce=0.9), a_run("random", 2, end_ce=0.8)], page)
+    assert "+0.1000 nats in the end; lower not at every point" in page.read_text()
+
+
+def test_every_method_has_a_title_and_a_config_that_stands(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.truncation.FOLDER", tmp_path)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "teacher.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    assert sorted(METHODS) == sorted(TITLES) and set(STRATEGIES) <= KNOWN.keys()
+    steps = {}
+    for method in METHODS:
+        config = parse_config(_config(method, tmp_path, tmp_path, 1, 1.6))
+        assert not config.needs_engine and config.needs_teacher == (method == "kd")
+        steps[method] = config.trainer.max_steps * config.trainer.batch_size
+    assert steps["equal_flops"] == pytest.approx(1.6 * steps["kd"], rel=0.01)
+    assert {steps[method] for method in (*STRATEGIES, "random", "kd")} == {120 * 32} and steps["scratch"] == 1050 * 48
+
+
+def test_it_goes_on_where_it_stopped():
+    done = [a_run(method) for method in METHODS if method != "kd"]
+    assert list(_open(done))[:2] == [("kd", 0), (METHODS[0], 1)]
