@@ -14,9 +14,10 @@ from gkd.types import Completion
 from launch.build import _mixers, _sync
 from launch.preflight import check
 from launch.run_folder import find_start, run_state
+from launch.signal_cache import scored_texts
 from launch.signal_choice import check_signal
 from launch.stages import compared_stage, stage_names
-from rollout.tokenized import TokenizedRecord
+from rollout.tokenized import TokenizedData, TokenizedRecord
 from trainer import checkpoint
 
 KL = {"type": "distill", "divergence": {"type": "reverse_kl"}}
@@ -46,6 +47,7 @@ class Engines:
 
 
 COMPLETION = Completion(prompt_ids=(3,), response_ids=(4, 1))
+RECORD = TokenizedRecord(0, (3,), COMPLETION)
 LEARNER = SimpleNamespace(publish=lambda: iter(()), sent_bytes=lambda: 1, logprobs=lambda rollouts: [])
 
 
@@ -177,6 +179,19 @@ def test_what_an_objective_needs_is_checked_in_every_stage(tmp_path, models):
     stale = staged({"objective": KL}, sensitive, folder=tmp_path / "run", train=train, sync__max_staleness=1, **models)
     (note,) = [note for note in check(stale).warnings if "docs/STALENESS.md" in note]
     assert note.startswith("stages.1: sync.max_staleness = 1")
+
+
+def test_a_cache_keeps_what_a_teacher_scores_again():
+    config = staged(
+        {"objective": SFT},
+        {"objective": KL, "data": {"on_policy_fraction": 0.5}},
+        {"objective": KL},
+    )
+    stages = [
+        TokenizedData(records=tuple(records), num_dropped=0, num_truncated=0, longest_prompt=1)
+        for records in ([RECORD] * 2, [RECORD] * 3, [RECORD] * 4)
+    ]
+    assert len(scored_texts(config, stages)) == 3
 
 
 LENGTHS = {"first": {"name": "first", "steps": 4, "objective": SFT}, "second": {"steps": 6, "objective": KL}}
