@@ -91,6 +91,8 @@ class ScoredBatch:
     """As `ScoredGroup.num_found`."""
     rewards: tuple[float, ...] | None = None
     """One per rollout, in their order; None where there is no reward function."""
+    stage: int = 0
+    """The stage of the run that the step is in, from 0."""
 
     def without_signals(self) -> "ScoredBatch":
         """The batch once it is trained on: its signals may be freed."""

@@ -11,10 +11,12 @@ from gkd.config import Config
 from gkd.config.objective import RlGkdObjective, terms_of_type
 from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
+from gkd.stages import stage_seed
 from gkd.types import Prompt, Rollout, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
+from launch.stages import by_step, compared_stage
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
 from launch.wire import wire_between
 from rollout.mixer import Mixer, from_dataset
@@ -23,6 +25,8 @@ from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
 from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
+from rollout.stages import StagedMixer, StagedTeachers
+from rollout.teacher_router import Pool
 from rollout.teacher_text import TeacherText
 from rollout.tokenized import TokenizedData
 from rollout.vllm_generator import GeneratorSettings
@@ -34,9 +38,10 @@ from trainer.evaluator import CrossEntropy, Divergence, Evaluator, ExactMatch, H
 from trainer.loop import Parts, Span
 from trainer.lora import LoraSettings
 from trainer.records import Records
+from trainer.stage import StageSettings
 from trainer.student import StudentSettings
-from trainer.trainer_actor import Advantages, Learner, TrainerActor
-from trainer.weight_sync import EvaluationSync, NoSync, Sync, WeightSync, stop_the_run
+from trainer.trainer_actor import Advantages, BatchRules, Learner, TrainerActor
+from trainer.weight_sync import AwaitedSync, NoSync, Sync, WeightSync, stop_the_run
 
 _SENDERS = {
     "object_store": "rollout.weights.object_store:ObjectStoreSender",
@@ -82,23 +87,22 @@ def build_parts(
 
     learner = Learner(
         ranks,
+        rules=by_step(config, [BatchRules(part.objective.reduction, _advantages(part)) for part in config.parts]),
         tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
-        reduction=config.objective.reduction,
-        advantages=_advantages(config),
         timeout_s=timeout_s,
     )
     learner.take_heads(heads(config, facts, teachers))
     if start.checkpoint is not None:
-        learner.load(start.checkpoint.folder)
+        learner.load(start.checkpoint.folder, completed_steps=start.completed_steps)
     if engines:
         _connect(ranks[0], engines, gpus_per_engine=config.rollout.tensor_parallel_size, timeout_s=timeout_s)
     rollout_pool = RolloutPool(engines, max_concurrent=config.rollout.max_concurrent, timeout_s=timeout_s)
     scores = all_scores(config, teachers, timeout_s=timeout_s)
     return Parts(
         pipeline=Pipeline(
-            _mixer(config, facts),
+            StagedMixer(by_step(config, _mixers(config, facts))),
             _responses(config, rollout_pool, writers),
-            scores or NoTeacher(),
+            _asked(config, scores),
             rewards,
             first_step=start.completed_steps + 1,
             last_step=config.trainer.max_steps,
@@ -120,6 +124,12 @@ def build_parts(
     )
 
 
+def _asked(config: Config, scores: Pool | None) -> StagedTeachers:
+    """The teachers in the stages that compare with them."""
+    asked, none = scores or NoTeacher(), NoTeacher()
+    return StagedTeachers(by_step(config, [asked if part.needs_teacher else none for part in config.parts]))
+
+
 def _responses(config: Config, students: RolloutPool, writers: Sequence[Any]) -> Rollouts:
     """Who writes the samples that are not the dataset's."""
     if config.teacher_writes:
@@ -137,7 +147,8 @@ def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoR
         tokenizer=facts.student.path,
         stop_ids=facts.stop_ids,
     )
-    return RewardPool(workers.start("reward", RewardActor, settings), references=facts.references)
+    references = by_step(config, [stage.references for stage in facts.stages])
+    return RewardPool(workers.start("reward", RewardActor, settings), references=references)
 
 
 def _advantages(config: Config) -> Advantages | None:
@@ -152,17 +163,23 @@ def _advantages(config: Config) -> Advantages | None:
 def _sync(config: Config, learner: Learner, engines: RolloutPool, warn: Callable[[str], None]) -> Sync:
     if not config.needs_engine:
         return NoSync()
-    evaluated = _evaluated(config)
+    evaluated, awaited = _evaluated(config), _awaited(config)
     every = config.sync.every_steps
     sync = WeightSync(
         learner,
         engines,
-        due=(lambda step: step % every == 0 or evaluated(step)) if config.needs_rollouts else evaluated,
+        due=lambda version: (awaited(version) and version % every == 0) or evaluated(version),
         max_gap=config.max_logprob_gap,
         # In float32 a gap can only be a mistake; bfloat16 rounds differently in the two engines.
         on_gap=stop_the_run if config.trainer.dtype == "float32" else _once(warn),
     )
-    return sync if config.needs_rollouts else EvaluationSync(sync)
+    return AwaitedSync(sync, awaited)
+
+
+def _awaited(config: Config) -> Callable[[int], bool]:
+    """Whether a version lets prompts go to the engines: those of the steps up to the staleness bound after it."""
+    written, ahead = by_step(config, [part.needs_rollouts for part in config.parts]), config.sync.max_staleness
+    return lambda version: any(written.at(step).value for step in range(version + 1, version + ahead + 2))
 
 
 def _once(warn: Callable[[str], None]) -> Callable[[str], None]:
@@ -194,15 +211,16 @@ def _evaluator(
         stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
         measures.append(ExactMatch(held_out, engines, lambda ids: decode([i for i in ids if i not in stop_ids])))
     if held_out is not None and "divergence" in config.measured:
+        objective = compared_stage(config).objective
         divergence = Divergence(
             held_out,
             engines,
             scores,
             learner,
-            divergence=config.objective.evaluated_divergence,
+            divergence=objective.evaluated_divergence,
             temperature=config.rollout.temperature,
             # Sparse signals cannot be brought to another temperature than the loss's.
-            loss_temperature=config.objective.temperature if SPARSE.intersection(facts.sizes.signals) else 1.0,
+            loss_temperature=objective.temperature if SPARSE.intersection(facts.sizes.signals) else 1.0,
             limits=scoring_limits(config),
         )
         measures.append(divergence)
@@ -218,7 +236,7 @@ def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:
         keep_last=config.trainer.keep_last,
         checkpoints=config.run.output_dir.absolute() / "checkpoints",
         best=_best(config, start),
-        state=run_state(config, facts.data_fingerprint),
+        state=run_state(config, facts.fingerprints),
     )
 
 
@@ -256,23 +274,33 @@ def _given(held_out: TokenizedData) -> list[Rollout]:
     ]
 
 
-def _mixer(config: Config, facts: Facts) -> Mixer:
-    return Mixer(
-        PromptStream(
-            facts.data.records,
-            seed=config.run.seed,
+def _mixers(config: Config, facts: Facts) -> list[Mixer]:
+    """One for each stage. Epochs are counted on from stage to stage, so that no two samples of a run are the same."""
+    mixers, first_epoch = [], 0
+    for number, (part, stage) in enumerate(zip(config.parts, facts.stages, strict=True)):
+        seed = stage_seed(config.run.seed, number)
+        stream = PromptStream(
+            stage.data.records,
+            seed=seed,
             # Only what an engine writes differs between the samples of a prompt.
-            samples_per_prompt=config.rollout.samples_per_prompt if config.generates else 1,
-            weights=config.data.weights,
-        ),
-        seed=config.run.seed,
-        batch_size=config.trainer.batch_size,
-        # A teacher that writes does so in the student's place.
-        on_policy_fraction=1.0 if config.teacher_writes else config.on_policy_fraction,
-        mixing=config.data.mixing,
-        max_new_tokens=config.rollout.max_new_tokens,
-        limits=scoring_limits(config),
-    )
+            samples_per_prompt=part.rollout.samples_per_prompt if part.generates else 1,
+            weights=part.data.weights,
+            first_epoch=first_epoch,
+        )
+        first_epoch = stream.epoch_after(part.trainer.max_steps * part.trainer.batch_size)
+        mixers.append(
+            Mixer(
+                stream,
+                seed=seed,
+                batch_size=part.trainer.batch_size,
+                # A teacher that writes does so in the student's place.
+                on_policy_fraction=1.0 if part.teacher_writes else part.on_policy_fraction,
+                mixing=part.data.mixing,
+                max_new_tokens=part.rollout.max_new_tokens,
+                limits=scoring_limits(part),
+            )
+        )
+    return mixers
 
 
 def _generator_settings(config: Config, facts: Facts, wire: Wire, *, on_gpu: bool) -> GeneratorSettings:
@@ -323,13 +351,9 @@ def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettin
         lora=lora_settings(config),
         gradient_checkpointing=trainer.gradient_checkpointing,
         rows=facts.rows,
-        objective=config.objective,
+        stages=by_step(config, [_stage_settings(part) for part in config.parts]),
         base_is_teacher=any(teacher.backend == "student_base" for teacher in config.all_teachers),
         ema_decay=ema_decay(config),
-        learning_rate=trainer.learning_rate,
-        lr_schedule=trainer.lr_schedule,
-        warmup_steps=trainer.warmup_steps,
-        max_steps=trainer.max_steps,
         engine=EngineSettings(
             zero_stage=trainer.zero_stage,
             grad_clip=trainer.grad_clip,
@@ -341,6 +365,16 @@ def _student_settings(config: Config, facts: Facts, wire: Wire) -> StudentSettin
         sender=_SENDERS[wire],
         sender_kwargs={"bucket_bytes": bucket_bytes},
         bucket_bytes=bucket_bytes,
+    )
+
+
+def _stage_settings(config: Config) -> StageSettings:
+    return StageSettings(
+        objective=config.objective,
+        learning_rate=config.trainer.learning_rate,
+        lr_schedule=config.trainer.lr_schedule,
+        warmup_steps=config.trainer.warmup_steps,
+        steps=config.trainer.max_steps,
     )
 
 

@@ -15,7 +15,8 @@ from launch.plan_table import plan_table
 from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
-from launch.signal_cache import given_texts, not_stored
+from launch.signal_cache import not_stored, scored_texts
+from launch.stages import stage_names
 from launch.wire import wire_between
 from rollout.tokenized import TokenizedData
 
@@ -46,7 +47,7 @@ def run_check(config: Config, console: Console, *, offline: bool) -> None:
     wire = wire_between(config, places)
     rows = [*_of_the_data(config, facts), *_of_the_run(config)]
     if facts is not None:
-        start = find_start(config, facts.data_fingerprint)
+        start = find_start(config, facts.fingerprints)
         rows.append(("starts after step", f"{start.completed_steps:,}" + (" (finished)" if start.finished else "")))
     rows.append(("weights travel by", wire if config.needs_engine else "nothing: no engine runs"))
     on_gpus = any(place.num_gpus for place in places)
@@ -70,23 +71,36 @@ def _of_the_data(config: Config, facts: Facts | None) -> list[tuple[str, str]]:
     """What is known of models and data, as (name, value) pairs."""
     if facts is None:
         return [("student", config.student.model), ("teacher", "\n".join(_teachers(config, ())))]
-    student, data = facts.student, facts.data
+    student = facts.student
     return [
         ("student", f"{student.path} ({student.head_rows:,} rows, {_first_weights(config, facts)})"),
         ("teacher", "\n".join(_teachers(config, facts.teachers))),
         ("vocabulary in the loss", f"{facts.rows:,} rows"),
-        *_of_the_records(data),
+        *_of_the_records(config, [stage.data for stage in facts.stages]),
         *_of_the_caches(config, facts),
     ]
 
 
-def _of_the_records(data: TokenizedData) -> list[tuple[str, str]]:
-    if data.block_tokens is not None:
-        return [("training text", f"{len(data.records):,} blocks of {data.block_tokens:,} tokens")]
+def _of_the_records(config: Config, stages: Sequence[TokenizedData]) -> list[tuple[str, str]]:
+    if all(data.block_tokens is not None for data in stages):
+        blocks = [f"{len(data.records):,} blocks of {data.block_tokens:,} tokens" for data in stages]
+        return [("training text", _each(config, blocks))]
     return [
-        ("training records", f"{len(data.records):,} used, {data.num_overlong:,} too long"),
-        ("longest prompt", f"{data.longest_prompt:,} tokens"),
+        ("training records", _each(config, [_counts(data) for data in stages])),
+        ("longest prompt", _each(config, [f"{data.longest_prompt:,} tokens" for data in stages])),
     ]
+
+
+def _counts(data: TokenizedData) -> str:
+    if data.block_tokens is not None:
+        return f"{len(data.records):,} blocks of {data.block_tokens:,} tokens"
+    return f"{len(data.records):,} used, {data.num_overlong:,} too long"
+
+
+def _each(config: Config, texts: Sequence[str]) -> str:
+    """A line for each stage; the only one as it is."""
+    names = stage_names(config)
+    return "\n".join(f"{name}: {text}" for name, text in zip(names, texts, strict=True)) if names else texts[0]
 
 
 def _first_weights(config: Config, facts: Facts) -> str:
@@ -97,9 +111,9 @@ def _first_weights(config: Config, facts: Facts) -> str:
 
 
 def _of_the_caches(config: Config, facts: Facts) -> list[tuple[str, str]]:
-    if not any(facts.caches) or not config.needs_completions:
+    texts = scored_texts(config, [stage.data for stage in facts.stages])
+    if not any(facts.caches) or not texts:
         return []
-    texts = given_texts(facts.data)
     num_stored = len(texts) - len(not_stored(facts.caches, texts))
     return [("samples in the caches", f"{num_stored:,} of {len(texts):,}")]
 
@@ -119,7 +133,8 @@ def _teachers(config: Config, found: Sequence[ModelFacts]) -> list[str]:
 
 
 def _of_the_run(config: Config) -> list[tuple[str, str]]:
+    steps = [f"{part.trainer.max_steps:,} of {part.trainer.batch_size:,} sequences" for part in config.parts]
     return [
-        ("on-policy share", f"{config.on_policy_fraction:g}"),
-        ("steps", f"{config.trainer.max_steps:,} of {config.trainer.batch_size:,} sequences"),
+        ("on-policy share", _each(config, [f"{part.on_policy_fraction:g}" for part in config.parts])),
+        ("steps", _each(config, steps)),
     ]

@@ -1,6 +1,7 @@
 """What a user sees while a run goes on: a live panel on a terminal, plain lines elsewhere."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,17 +25,22 @@ class Display(Protocol):
         ...
 
 
-def make_display(console: Console, name: str, completed_steps: int, max_steps: int) -> Display:
-    """A live panel where the console is a terminal, else plain lines."""
+def make_display(
+    console: Console, name: str, completed_steps: int, max_steps: int, *, stages: Sequence[str]
+) -> Display:
+    """A live panel where the console is a terminal, else plain lines; `stages` are the names of a run's stages."""
     kind = LiveDisplay if console.is_terminal else PlainDisplay
-    return kind(console, name, completed_steps, max_steps)
+    return kind(console, name, completed_steps, max_steps, stages)
 
 
 class PlainDisplay:
     """A line every few seconds, for logs."""
 
-    def __init__(self, console: Console, name: str, completed_steps: int, max_steps: int) -> None:
+    def __init__(
+        self, console: Console, name: str, completed_steps: int, max_steps: int, stages: Sequence[str]
+    ) -> None:
         self._console = console
+        self._stages = stages
         self._name = name
         self._first_step = completed_steps
         self._max_steps = max_steps
@@ -53,7 +59,7 @@ class PlainDisplay:
         if now - self._last_line < _PLAIN_EVERY_S and step != self._max_steps:
             return
         self._last_line = now
-        facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics))
+        facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics, self._stages))
         seconds = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
         self._console.print(
             f"{self._name}  step {step}/{self._max_steps}  {facts}  eta {seconds // 60:.0f}:{seconds % 60:02.0f}",
@@ -65,7 +71,10 @@ class PlainDisplay:
 class LiveDisplay:
     """A progress bar and a table that stay in place."""
 
-    def __init__(self, console: Console, name: str, completed_steps: int, max_steps: int) -> None:
+    def __init__(
+        self, console: Console, name: str, completed_steps: int, max_steps: int, stages: Sequence[str]
+    ) -> None:
+        self._stages = stages
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -90,7 +99,7 @@ class LiveDisplay:
     def show(self, metrics: dict[str, Any]) -> None:
         """Redraw with this step."""
         table = Table(box=None, padding=(0, 2))
-        facts = _facts(metrics)
+        facts = _facts(metrics, self._stages)
         for name, _ in facts:
             table.add_column(name, justify="right")
         table.add_row(*(value for _, value in facts))
@@ -122,11 +131,13 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, metrics["step"])
 
 
-def _facts(metrics: dict[str, Any]) -> list[tuple[str, str]]:
-    """The few numbers worth watching: the loss, the on-policy share, each stage's tokens per second, the gap."""
+def _facts(metrics: dict[str, Any], stages: Sequence[str]) -> list[tuple[str, str]]:
+    """The few facts worth watching: the stage of a run that has several, the loss, the on-policy share, the tokens per
+    second of each kind of worker, the gap."""
     gap = metrics["sync/logprob_gap_max"]
     evaluated = [(name.removeprefix("eval/"), f"{metrics[name]:.4f}") for name in metrics if name.startswith("eval/")]
     return [
+        *([("stage", stages[metrics["stage"]])] if stages else []),
         ("loss", f"{metrics['loss/total']:.4f}"),
         ("on-policy", f"{metrics['source/on_policy']:.0%}"),
         ("rollout tok/s", _rate(metrics["tokens/generated"], metrics["time/rollout_s"])),

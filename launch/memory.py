@@ -71,11 +71,23 @@ class Need:
 def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
     """The memory of every worker of a run: of its GPU where there are GPUs, else of the host.
 
+    Of each worker in the stage in which it needs most.
+
     Args:
         config: the run's.
         sizes: of its models and data.
         on_gpu: whether workers run on GPUs.
     """
+    largest: dict[str, Need] = {}
+    for part in config.parts:
+        for need in _needs(part, sizes, on_gpu=on_gpu):
+            if need.worker not in largest or need.num_bytes > largest[need.worker].num_bytes:
+                largest[need.worker] = need
+    return list(largest.values())
+
+
+def _needs(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
+    """Of one stage."""
     needs = [Need(worker="trainer", num=config.trainer.num_ranks, parts=_trainer(config, sizes, on_gpu=on_gpu))]
     if config.needs_engine:
         parts = _rollout(config, sizes, on_gpu=on_gpu)

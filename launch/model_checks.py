@@ -1,6 +1,7 @@
 """What is checked of the models before any worker starts. Never imports vllm."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from gkd.config import Config
 from gkd.config.models import TeacherConfig
@@ -11,6 +12,7 @@ from launch.architecture import Architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
 from launch.self_test import self_test
+from launch.stages import notes_of_each
 from launch.student_start import student_architecture
 from rollout.chat import ChatTemplate
 from rollout.records import ChatRecord, Record
@@ -86,8 +88,12 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
         )
     lora = config.student.lora
     adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
+    return architecture, adapter, notes_of_each(config, partial(_self_test, student))
+
+
+def _self_test(student: ModelFacts, config: Config) -> list[str]:
     note = self_test(student.path, config.objective, field="student.model")
-    return architecture, adapter, [note] if note else []
+    return [note] if note else []
 
 
 def check_teacher_engines(config: Config, teachers: Sequence[ModelFacts], *, this_host: bool) -> None:

@@ -1,7 +1,7 @@
 """`gkd check --offline`: checks what is on this host. Models and datasets that are not are left out, with a note."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +19,10 @@ from launch.model_checks import (
     shared_vocabulary,
     teacher_models,
 )
+from launch.models import ModelFacts
 from launch.preflight import Facts, check, check_settings, data_warnings
 from launch.signal_choice import choose_signals
+from launch.stages import in_each_stage, notes_of_each
 from rollout.records import Record, read_records
 
 
@@ -57,14 +59,16 @@ def _absent(config: Config) -> dict[str, str]:
     if not _model_is_here(config.student.model):
         absent["student.model"] = config.student.model
     absent |= {field: model for field, model in teacher_models(config) if not _model_is_here(model)}
-    for field, _, source in _sources(config):
-        if not _source_is_here(source):
-            absent[field] = source.path
+    for number, part in enumerate(config.parts):
+        for field, _, source in _sources(part):
+            own = bool(config.stages) and config.stages[number].sets(field)
+            if not _source_is_here(source):
+                absent[f"stages.{number}.{field}" if own else field] = source.path
     return absent
 
 
 def _sources(config: Config) -> list[tuple[str, int, DataSource]]:
-    """Field, number and source of all data."""
+    """Field, number and source of all data of a stage."""
     return [
         (path_field(section, number, sources), number, source)
         for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval))
@@ -75,13 +79,7 @@ def _sources(config: Config) -> list[tuple[str, int, DataSource]]:
 def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | None, list[str]]:
     """Everything that needs nothing absent; the sizes are None without the student."""
     check_settings(config)
-    records: list[Record] = []
-    for field, number, source in _sources(config):
-        is_training = field.startswith("data.train")
-        if field not in absent:
-            needed = config.needs_completions and is_training
-            read = read_records(source, number=number, field=field, need_completions=needed, keys=teacher_keys(config))
-            records += read if is_training else []
+    records = in_each_stage(config, _read)
     # What is compared is compared with all teachers, so without one of them there are none.
     teachers = [] if any(field in absent for field, _ in teacher_models(config)) else read_teachers(config)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
@@ -91,16 +89,9 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
     check_teacher_engines(config, teachers, this_host=False)
-    # Without the data, prompts are taken to be as long as they may be, or else as responses.
-    longest_prompt = longest_scored = config.data.max_prompt_tokens or config.rollout.max_new_tokens
-    longest_response = max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0)
-    if not any(field.startswith("data.train") for field in absent):
-        data = tokenize_training(config, records, student, teachers)
-        check_ids(config, data, student, teachers, num_tokens, section="train")
-        notes += [warning for warning in data_warnings(config, student, teachers, data, records) if warning]
-        longest_prompt, longest_scored = data.longest_prompt, data.longest_scored_prompt
-        room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
-        longest_response = max(room, data.longest_completion)
+    unused = iter(records)
+    found = in_each_stage(config, lambda part: _check_data(part, next(unused), student, teachers, num_tokens))
+    shown = iter(found)
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
@@ -108,11 +99,58 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         adapter=adapter,
         rows=rows,
         signals=choose_signals(config, teacher_architectures, rows=rows),
-        longest_prompt=longest_prompt,
-        longest_scored_prompt=longest_scored,
-        longest_response=longest_response,
+        longest_prompt=max(data.longest_prompt for data in found),
+        longest_scored_prompt=max(data.longest_scored_prompt for data in found),
+        longest_response=max(data.longest_response for data in found),
     )
-    return sizes, notes
+    return sizes, [*notes, *notes_of_each(config, lambda _: next(shown).notes)]
+
+
+def _read(config: Config) -> list[Record] | None:
+    """The training records of a stage, or None where some are not here; what is here of its data is checked."""
+    records: list[Record] = []
+    is_whole = True
+    for field, number, source in _sources(config):
+        is_training = field.startswith("data.train")
+        if not _source_is_here(source):
+            is_whole = is_whole and not is_training
+            continue
+        needed = config.needs_completions and is_training
+        read = read_records(source, number=number, field=field, need_completions=needed, keys=teacher_keys(config))
+        records += read if is_training else []
+    return records if is_whole else None
+
+
+@dataclass(frozen=True, slots=True)
+class _StageData:
+    """What is known of the training data of a stage."""
+
+    longest_prompt: int
+    longest_scored_prompt: int
+    longest_response: int
+    notes: tuple[str, ...] = ()
+
+
+def _check_data(
+    config: Config,
+    records: Sequence[Record] | None,
+    student: ModelFacts,
+    teachers: Sequence[ModelFacts],
+    num_tokens: int,
+) -> _StageData:
+    if records is None:  # prompts are taken to be as long as they may be, or else as responses
+        longest = config.data.max_prompt_tokens or config.rollout.max_new_tokens
+        return _StageData(longest, longest, max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0))
+    data = tokenize_training(config, records, student, teachers)
+    check_ids(config, data, student, teachers, num_tokens, section="train")
+    notes = data_warnings(config, student, teachers, data, records)
+    room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
+    return _StageData(
+        longest_prompt=data.longest_prompt,
+        longest_scored_prompt=data.longest_scored_prompt,
+        longest_response=max(room, data.longest_completion),
+        notes=tuple(note for note in notes if note),
+    )
 
 
 def _model_is_here(name: str) -> bool:

@@ -33,10 +33,25 @@ from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
 from launch.signal_cache import cache_notes, check_caches
 from launch.signal_choice import check_signal, choose_signals, signal_notes
+from launch.stages import in_each_stage, notes_of_each
 from launch.text_data import text_notes
 from rollout.records import Record, fingerprint
 from rollout.signal_store import CacheSettings
 from rollout.tokenized import TokenizedData, TokenizedRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageFacts:
+    """What is known of the data of a stage."""
+
+    data: TokenizedData
+    """Training records."""
+    references: tuple[str | None, ...]
+    """The final answer of every training record, by its index; None where it has none."""
+    fingerprint: str
+    """Hash of the training records: a resumed run must train on the same."""
+    notes: tuple[str, ...]
+    """What is worth knowing of them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +62,8 @@ class Facts:
     """The student."""
     teachers: tuple[ModelFacts, ...]
     """All teachers, where they are of use and models of their own; else none."""
-    data: TokenizedData
-    """Training records."""
+    stages: tuple[StageFacts, ...]
+    """Of each stage; a run without stages is one."""
     eval_records: list[Record]
     """Held-out records; read here so that a bad file shows before the run and not after it."""
     held_out: TokenizedData | None
@@ -63,18 +78,19 @@ class Facts:
     """The records whose prompts the rollout engines answer: training and held-out ones, as the run has them."""
     max_model_len: int
     """Longest of those prompts with its longest response; 0 where no engine runs."""
-    data_fingerprint: str
-    """Hash of the training records: a resumed run must train on the same."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
     caches: tuple[CacheSettings | None, ...]
     """Where the workers of each teacher keep signals of given text; None where they do not."""
-    references: tuple[str | None, ...]
-    """The final answer of every training record, by its index; None where it has none."""
     record_logprobs: bool
     """Whether the rollout engines record the sampled tokens' log-probabilities."""
     warnings: tuple[str, ...]
     """What is allowed and yet worth knowing."""
+
+    @property
+    def fingerprints(self) -> list[str]:
+        """Of the stages' data."""
+        return [stage.fingerprint for stage in self.stages]
 
 
 def check(config: Config, *, this_host: bool = True) -> Facts:
@@ -88,26 +104,24 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         UserError: for the first thing found wrong.
     """
     check_settings(config)
-    records, eval_records = read_training(config), read_held_out(config)
+    records, eval_records = in_each_stage(config, read_training), read_held_out(config)
 
     student, teachers = read_student(config), read_teachers(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
     check_teacher_engines(config, teachers, this_host=this_host)
 
-    data = tokenize_training(config, records, student, teachers)
-    check_ids(config, data, student, teachers, num_tokens, section="train")
-    if config.reward is not None:
-        check_reward(config.reward, records, data.records, student.tokenizer)
+    unread = iter(records)
+    stages = in_each_stage(config, lambda part: _stage_facts(part, next(unread), student, teachers, num_tokens))
     held_out = None
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
+    written = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
     asked = held_out.records if held_out and config.asks_held_out else ()
-    answered = (*(data.records if config.needs_rollouts else ()), *asked)
+    answered = (*(record for data in written for record in data.records), *asked)
     response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
-    longest_prompt = max(data.longest_prompt, held_out.longest_prompt if held_out else 0)
-    longest_scored = max(data.longest_scored_prompt, held_out.longest_scored_prompt if held_out else 0)
+    read = [*(stage.data for stage in stages), *([held_out] if held_out else ())]
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
     sizes = Sizes(
@@ -116,24 +130,26 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         adapter=adapter,
         rows=rows,
         signals=choose_signals(config, teacher_architectures, rows=rows),
-        longest_prompt=longest_prompt,
-        longest_scored_prompt=longest_scored,
-        longest_response=max(response_room, data.longest_completion, held_out.longest_completion if held_out else 0),
+        longest_prompt=max(data.longest_prompt for data in read),
+        longest_scored_prompt=max(data.longest_scored_prompt for data in read),
+        longest_response=max(response_room, *(data.longest_completion for data in read)),
     )
+    found = iter(stages)
     warnings = [
         *notes,
-        *data_warnings(config, student, teachers, data, records),
+        *notes_of_each(config, lambda _: next(found).notes),
         *_warnings(config, student, teachers),
-        *objective_notes(config),
+        *notes_of_each(config, objective_notes),
         *signal_notes(config),
         *cache_notes(config),
+        _length_note(config),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
     caches = check_caches(config, teachers, sizes.signals, rows=rows)
     return Facts(
         student=student,
         teachers=tuple(teachers),
-        data=data,
+        stages=tuple(stages),
         eval_records=eval_records,
         held_out=held_out,
         num_tokens=num_tokens,
@@ -141,12 +157,31 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
         max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
-        data_fingerprint=fingerprint(records),
         sizes=sizes,
         caches=caches,
-        references=tuple(record.answer for record in records),
-        record_logprobs=records_logprobs(config),
+        record_logprobs=any(in_each_stage(config, records_logprobs)),
         warnings=tuple(warning for warning in warnings if warning is not None),
+    )
+
+
+def _stage_facts(
+    config: Config,
+    records: Sequence[Record],
+    student: ModelFacts,
+    teachers: Sequence[ModelFacts],
+    num_tokens: int,
+) -> StageFacts:
+    """What is known of the data of one stage, of which `config` is the config."""
+    data = tokenize_training(config, records, student, teachers if config.uses_teacher else ())
+    check_ids(config, data, student, teachers, num_tokens, section="train")
+    if config.reward is not None:
+        check_reward(config.reward, records, data.records, student.tokenizer)
+    notes = data_warnings(config, student, teachers if config.uses_teacher else (), data, records)
+    return StageFacts(
+        data=data,
+        references=tuple(record.answer for record in records),
+        fingerprint=fingerprint(records),
+        notes=tuple(note for note in notes if note is not None),
     )
 
 
@@ -158,8 +193,8 @@ def check_settings(config: Config) -> None:
     """
     check_folder(config.run.output_dir, field="run.output_dir")
     check_signal(config)
-    check_rewarded(config)
-    records_logprobs(config)
+    in_each_stage(config, check_rewarded)
+    in_each_stage(config, records_logprobs)
 
 
 def data_warnings(
@@ -192,8 +227,19 @@ def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts
     if config.needs_rollouts and config.rollout.temperature < 0.5:
         found.append(f"rollout.temperature = {config.rollout.temperature}: the student will see few of its own errors")
     if config.all_teachers and not config.uses_teacher:
-        found.append(f"the {config.objective.type} objective has no use for a teacher: it is not loaded")
+        objectives = " and ".join(dict.fromkeys(f"the {part.objective.type} objective" for part in config.parts))
+        found.append(
+            f"{objectives} {'have' if ' and ' in objectives else 'has'} no use for a teacher: it is not loaded"
+        )
     return found
+
+
+def _length_note(config: Config) -> str | None:
+    """That a run ends before its stages do; None where it does not."""
+    whole = sum(stage.steps for stage in config.stages)
+    if config.trainer.max_steps >= whole:
+        return None
+    return f"trainer.max_steps = {config.trainer.max_steps}: the run ends there, {whole} steps are in its stages"
 
 
 def _memory_warning(config: Config, sizes: Sizes) -> str | None:

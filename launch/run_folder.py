@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from pydantic import ValidationError
 
 from gkd.config import Config, dump_config
 from gkd.errors import UserError
+from gkd.stages import ByStep
+from launch.stages import naming, stage_names
 from trainer import checkpoint
 from trainer.checkpoint import Checkpoint
 
@@ -52,13 +55,18 @@ class StartingPoint:
         return self.checkpoint.step if self.checkpoint else 0
 
 
-def run_state(config: Config, data_fingerprint: str) -> dict[str, Any]:
-    """What a checkpoint remembers of the run, to refuse a resume that would be another run."""
-    return {"config": config.model_dump(mode="json"), "data_fingerprint": data_fingerprint}
+def run_state(config: Config, fingerprints: Sequence[str]) -> dict[str, Any]:
+    """What a checkpoint remembers of the run, to refuse a resume that would be another run.
+
+    `fingerprints` are of the data of each stage; a run without stages is one.
+    """
+    return {"config": config.model_dump(mode="json"), "data_fingerprints": list(fingerprints)}
 
 
-def find_start(config: Config, data_fingerprint: str) -> StartingPoint:
+def find_start(config: Config, fingerprints: Sequence[str]) -> StartingPoint:
     """Where the run begins, by `run.resume`. Changes nothing on disk.
+
+    A run with stages may get further ones, and those that are not finished another length.
 
     Raises:
         UserError: if the named checkpoint is not whole, or the config differs in what may not change.
@@ -76,7 +84,7 @@ def find_start(config: Config, data_fingerprint: str) -> StartingPoint:
             )
     if found is None:
         return StartingPoint(None, finished=False)
-    _refuse_changes(found.state, run_state(config, data_fingerprint))
+    _refuse_changes(found, config, fingerprints)
     finished = found.step >= config.trainer.max_steps and exported_step(folder) == found.step
     return StartingPoint(found, finished=finished)
 
@@ -116,8 +124,34 @@ def prepare(config: Config, start: StartingPoint) -> None:
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
 
 
-def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
-    old, new = _flatten(_fixed(_completed(before["config"]))), _flatten(_fixed(now["config"]))
+def _refuse_changes(found: Checkpoint, config: Config, fingerprints: Sequence[str]) -> None:
+    before = _parts(found.state["config"])
+    # A checkpoint of version 0.2 or older knows of no stages.
+    data_before = found.state.get("data_fingerprints") or [found.state["data_fingerprint"]]
+    if len(before) > len(config.parts):
+        raise UserError(
+            "stages",
+            stage_names(config),
+            f"were {len(before)} in the run to be resumed: stages may be added, not removed.",
+            "Put them back; trainer.max_steps ends the run early.",
+        )
+    for number, (old, old_data) in enumerate(zip(before, data_before, strict=True)):
+        with naming(config, number):
+            _refuse_changed_stage(old, config.parts[number].model_dump(mode="json"))
+            if old_data != fingerprints[number]:
+                train = config.parts[number].data.train
+                raise UserError(
+                    "data.train.path" if len(train) == 1 else "data.train",
+                    train[0].path if len(train) == 1 else [source.path for source in train],
+                    "its content changed since the run to be resumed.",
+                    "Restore the file, or start afresh with run.resume=never.",
+                )
+    if config.stages:
+        _refuse_moved_borders(config, [part["trainer"]["max_steps"] for part in before], found.step)
+
+
+def _refuse_changed_stage(before: dict[str, Any], now: dict[str, Any]) -> None:
+    old, new = _flatten(_fixed(before)), _flatten(_fixed(now))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key):
             raise UserError(
@@ -126,21 +160,32 @@ def _refuse_changes(before: dict[str, Any], now: dict[str, Any]) -> None:
                 f"was {old.get(key)!r} in the run to be resumed, and may not change.",
                 "Set it back, or start afresh with run.resume=never.",
             )
-    if before["data_fingerprint"] != now["data_fingerprint"]:
-        raise UserError(
-            "data.train.path",
-            new.get("data.train.path", new.get("data.train")),
-            "its content changed since the run to be resumed.",
-            "Restore the file, or start afresh with run.resume=never.",
-        )
 
 
-def _completed(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config with the keys that came after its version, at their defaults."""
+def _refuse_moved_borders(config: Config, before: Sequence[int], completed_steps: int) -> None:
+    """What is done stays where it was: finished stages keep their length, and the one in progress what is done of it.
+
+    `before` are the stages' lengths in the run to be resumed.
+    """
+    reached = ByStep([(steps, steps) for steps in before]).at(completed_steps)
+    for number, stage in enumerate(config.stages[: reached.stage + 1]):
+        finished = number < reached.stage
+        done = before[number] if finished else reached.step
+        if stage.steps != done if finished else stage.steps < done:
+            raise UserError(
+                f"stages.{number}.steps",
+                stage.steps,
+                f"was {before[number]} in the run to be resumed, and {done} of these are done.",
+                f"Set it to {'' if finished else 'at least '}{done}, or start afresh with run.resume=never.",
+            )
+
+
+def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The stages of a run's config, with the keys that came after its version at their defaults."""
     try:
-        return Config.model_validate(config).model_dump(mode="json")
+        return [part.model_dump(mode="json") for part in Config.model_validate(config).parts]
     except ValidationError:  # a later version refuses what it was: then the keys that differ say so
-        return config
+        return [config]
 
 
 def _fixed(config: dict[str, Any]) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from gkd.types import Rollout
 from launch.placement import fit_places, needed_places
 from launch.preflight import check
 from launch.ray_session import Workers, ray_session, resources
-from launch.signal_cache import given_texts, not_stored
+from launch.signal_cache import not_stored, scored_texts
 from launch.teachers import all_scores, scoring_limits, start_teachers
 from rollout.teacher_router import Pool
 
@@ -31,7 +31,7 @@ def run_score(config: Config, console: Console) -> None:
     facts = check(config)
     for warning in facts.warnings:
         console.print(f"[yellow]note:[/] {escape(warning)}")
-    texts = given_texts(facts.data)
+    texts = scored_texts(config, [stage.data for stage in facts.stages])
     missing = not_stored(facts.caches, texts)
     if missing:
         with ray_session():

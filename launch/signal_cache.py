@@ -12,6 +12,8 @@ from gkd.signals import SPARSE, SignalKind
 from gkd.types import Prompt, Rollout, SampleId
 from launch.models import ModelFacts, weight_files
 from launch.outputs import check_folder
+from launch.signal_choice import loss_temperature
+from launch.stages import compared_stage
 from rollout.mixer import from_dataset
 from rollout.signal_store import CacheSettings, SignalSpec, SignalStore, SpecMismatch, read_spec
 from rollout.tokenized import TokenizedData
@@ -57,7 +59,7 @@ def check_caches(
             rows=rows,
             kind=kind,
             top_k=teacher.top_k if kind is SignalKind.TOP_K else None,
-            temperature=config.objective.temperature if kind in SPARSE else None,
+            temperature=loss_temperature(compared_stage(config)) if kind in SPARSE else None,
         )
         settings = CacheSettings(folder=teacher.cache.resolve(), spec=spec, teacher=teacher.name)
         _check_cache(settings, field, run_folder=config.run.output_dir.resolve())
@@ -135,6 +137,13 @@ def given_texts(data: TokenizedData) -> list[Rollout]:
         )
         for record in data.records
     ]
+
+
+def scored_texts(config: Config, stages: Sequence[TokenizedData]) -> list[Rollout]:
+    """What a teacher scores of each stage's data."""
+    pairs = zip(stages, config.parts, strict=True)
+    scored = [data for data, part in pairs if part.needs_teacher and part.needs_completions]
+    return [text for data in scored for text in given_texts(data)]
 
 
 def not_stored(caches: Sequence[CacheSettings | None], texts: Sequence[Rollout]) -> list[Rollout]:

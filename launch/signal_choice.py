@@ -8,6 +8,7 @@ from gkd.errors import UserError
 from gkd.objectives import build_objective
 from gkd.signals import ANY_DISTRIBUTION, WHOLE_DISTRIBUTION, SignalKind
 from launch.architecture import Architecture
+from launch.stages import in_each_stage
 
 PROVIDES: dict[str, frozenset[SignalKind]] = {
     "hf": WHOLE_DISTRIBUTION | {SignalKind.TOP_K, SignalKind.SAMPLED_LOGPROBS},
@@ -30,12 +31,12 @@ _VIEWS: tuple[frozenset[SignalKind], ...] = (
 def check_signal(config: Config) -> tuple[frozenset[SignalKind], ...]:
     """For each teacher the kinds that would do, of which its `signal: auto` may choose; empty if none is needed.
 
-    The teachers' signals meet in one batch, so they are of one view.
+    The teachers' signals meet in one batch, so they are of one view. They are the same in all stages.
 
     Raises:
-        UserError: if a teacher cannot give what the objective requires, or the config names another kind.
+        UserError: if a teacher cannot give what the objectives require, or the config names another kind.
     """
-    required = build_objective(config.objective).requires
+    required, who = _required(config)
     if not required or not config.all_teachers:
         return ()
     # The teacher's signal is the same for what is trained on and what is evaluated.
@@ -48,9 +49,8 @@ def check_signal(config: Config) -> tuple[frozenset[SignalKind], ...]:
                 "include divergence, and the teacher says nothing but the log-probabilities of the sampled tokens.",
                 "Leave it out, or set teacher.signal to auto.",
             )
-    who = f"the {config.objective.type} objective"
     if config.mixture is not None:
-        required, who = _of_a_mixture(config, required), "a mixture of teachers"
+        required, who = _of_a_mixture(config, required, who), "a mixture of teachers"
     pairs = zip(config.teacher_fields, config.all_teachers, strict=True)
     possible = [_possible(field, teacher, required, who) for field, teacher in pairs]
     for view in _VIEWS:
@@ -62,14 +62,46 @@ def check_signal(config: Config) -> tuple[frozenset[SignalKind], ...]:
     )
 
 
-def _of_a_mixture(config: Config, required: frozenset[SignalKind]) -> frozenset[SignalKind]:
+def _required(config: Config) -> tuple[frozenset[SignalKind], str]:
+    """The kinds that serve every stage with a teacher, and whose objectives require them."""
+    needed = in_each_stage(config, _required_in_stage)
+    asking = [(part, kinds) for part, kinds in zip(config.parts, needed, strict=True) if kinds]
+    if not asking:
+        return frozenset(), ""
+    common = frozenset.intersection(*(kinds for _, kinds in asking))
+    types = list(dict.fromkeys(part.objective.type for part, _ in asking))
+    who = f"the {types[0]} objective" if len(types) == 1 else f"each of the objectives {' and '.join(types)}"
+    temperatures = sorted({loss_temperature(part) for part, _ in asking})
+    if len(temperatures) > 1:
+        common &= WHOLE_DISTRIBUTION
+        who += f", at the temperatures {' and '.join(f'{t:g}' for t in temperatures)},"
+    if not common:
+        raise UserError(
+            "stages",
+            "; ".join(f"{part.objective.type}: {_listed(kinds)}" for part, kinds in asking),
+            f"is what the stages require of one teacher: nothing serves {who.rstrip(',')}.",
+            "Give them one temperature and objectives that require the same, or run one config after the other.",
+        )
+    return common, who
+
+
+def _required_in_stage(config: Config) -> frozenset[SignalKind]:
+    return build_objective(config.objective).requires
+
+
+def loss_temperature(config: Config) -> float:
+    """Of a stage."""
+    return config.objective.temperature
+
+
+def _of_a_mixture(config: Config, required: frozenset[SignalKind], who: str) -> frozenset[SignalKind]:
     """Of the required kinds, those that can be mixed."""
     if SignalKind.FULL_LOGITS in required:
         return required & WHOLE_DISTRIBUTION
     raise UserError(
         "teachers",
         ", ".join(teacher.name for teacher in config.all_teachers),
-        f"are a mixture, which has no {_listed(required)}, and the {config.objective.type} objective requires that.",
+        f"are a mixture, which has no {_listed(required)}, and {who} requires that.",
         "Remove the weights, so that each record has one teacher, or name one teacher.",
     )
 
@@ -130,14 +162,14 @@ def choose_signals(config: Config, teachers: Sequence[Architecture], *, rows: in
         raise UserError(
             "teachers",
             ", ".join(str(teacher.hidden_size) for teacher in teachers),
-            f"are the widths of their hidden states, which the {config.objective.type} objective reads as one.",
+            f"are the widths of their hidden states, which {_required(config)[1]} reads as one.",
             "Use teachers of one width.",
         )
     return tuple(_smallest(kinds, teacher, rows) for kinds, teacher in zip(possible, teachers, strict=True))
 
 
 def _reads_hidden(config: Config) -> bool:
-    return build_objective(config.objective).requires == {SignalKind.HIDDEN_STATES}
+    return any(kinds == {SignalKind.HIDDEN_STATES} for kinds in in_each_stage(config, _required_in_stage))
 
 
 def _smallest(possible: frozenset[SignalKind], teacher: Architecture, rows: int) -> SignalKind:

@@ -12,6 +12,8 @@ from launch.models import ModelFacts
 from launch.placement import teacher_workers
 from launch.preflight import Facts
 from launch.ray_session import Workers
+from launch.signal_choice import loss_temperature
+from launch.stages import compared_stage
 from rollout.hf_teacher import TeacherSettings
 from rollout.rollout_actor import RolloutActor
 from rollout.teacher_actor import TeacherActor, TeacherPool
@@ -42,7 +44,8 @@ def teacher_settings(config: Config, facts: Facts, *, on_gpu: bool) -> list[Teac
             rows=facts.rows,
             signal=signal,
             top_k=teacher.top_k,
-            temperature=config.objective.temperature,
+            # Where the stages' temperatures differ, the signal is one that can be brought to each.
+            temperature=loss_temperature(compared_stage(config)),
             cache=cache,
         )
         found.append(_on_vllm(teacher, settings, model, facts.sizes, on_gpu=on_gpu) if teacher.on_vllm else settings)

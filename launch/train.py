@@ -20,6 +20,7 @@ from launch.placement import Place, plan_placement
 from launch.preflight import check
 from launch.ray_session import Workers, joins_cluster, ray_session, resources
 from launch.run_folder import find_start, mark_export, prepare
+from launch.stages import stage_names
 from launch.student_start import first_student
 from launch.wire import wire_between
 from trainer.loop import train
@@ -39,7 +40,7 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
     """
     export = config.run.output_dir.absolute() / "export"
     facts = check(config)
-    start = find_start(config, facts.data_fingerprint)
+    start = find_start(config, facts.fingerprints)
     if start.finished:
         console.print(f"{config.run.name}: finished before; the model is in {export}")
         return export
@@ -58,7 +59,13 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
         with open_workers(places) as workers, _stop_on_signal(console) as stop_requested:
             displays: list[Display] = [
-                make_display(console, config.run.name, start.completed_steps, config.trainer.max_steps)
+                make_display(
+                    console,
+                    config.run.name,
+                    start.completed_steps,
+                    config.trainer.max_steps,
+                    stages=stage_names(config),
+                )
             ]
             if config.log.tensorboard:
                 displays.append(TensorBoard(config.run.output_dir / "tensorboard", start.completed_steps))

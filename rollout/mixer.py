@@ -28,6 +28,8 @@ class StepPlan:
     groups: tuple[tuple[SampleId, ...], ...]
     """Scoring groups: each is scored by one teacher, or by all of a mixture, in one batch as soon as all its members
     are there. Every sample is in one."""
+    stage: int = 0
+    """The stage that the step is in, from 0."""
 
 
 class Mixer:

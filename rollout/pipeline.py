@@ -22,7 +22,8 @@ from dataclasses import dataclass, field
 
 from gkd.interfaces import GroupKey, Rewards, Rollouts, ScoredBatch, ScoredGroup, Teachers
 from gkd.types import Rollout, SampleId
-from rollout.mixer import Mixer, StepPlan
+from rollout.mixer import StepPlan
+from rollout.stages import StagedMixer
 
 _STOP_CHECK_S = 0.2
 """How often whoever waits for a batch looks whether the run is to stop."""
@@ -48,7 +49,7 @@ class Pipeline:
 
     def __init__(
         self,
-        mixer: Mixer,
+        mixer: StagedMixer,
         rollouts: Rollouts,
         teachers: Teachers,
         rewards: Rewards,
@@ -201,6 +202,7 @@ class Pipeline:
         before, self._idle_s = self._idle_s, (self._rollouts.idle_s(), self._teachers.idle_s())
         return ScoredBatch(
             step=assembly.plan.step,
+            stage=assembly.plan.stage,
             rollouts=tuple(assembly.rollouts[sample] for sample in assembly.plan.samples),
             groups=assembly.plan.groups,
             signals=tuple(group.signals for group in scored),

@@ -32,6 +32,7 @@ class PromptStream:
         seed: int,
         samples_per_prompt: int,
         weights: Sequence[float] | None = None,
+        first_epoch: int = 0,
     ) -> None:
         """Set up.
 
@@ -41,8 +42,10 @@ class PromptStream:
             samples_per_prompt: how often a prompt is answered in a row.
             weights: share of the prompts that come from each source, relative to the others; every source has a
                 record. None: all records alike.
+            first_epoch: where epochs are counted from, so that samples of a later stage are not those of an earlier.
         """
         self._samples_per_prompt = samples_per_prompt
+        self._first_epoch = first_epoch
         self._order: _Shuffled | _Weighted
         if weights is None:
             self._order = _Shuffled(records, seed)
@@ -55,12 +58,16 @@ class PromptStream:
         prompt_number, sample_index = divmod(number, self._samples_per_prompt)
         epoch, record = self._order.at(prompt_number)
         return Prompt(
-            id=SampleId(epoch, record.index, sample_index),
+            id=SampleId(self._first_epoch + epoch, record.index, sample_index),
             token_ids=record.prompt_ids,
             completion=record.completion,
             teacher=record.teacher,
             teacher_prompt_ids=record.teacher_prompt_ids,
         )
+
+    def epoch_after(self, num_samples: int) -> int:
+        """The first epoch of which none of the first `num_samples` samples is."""
+        return self._first_epoch + self._order.epochs(-(-num_samples // self._samples_per_prompt))
 
 
 class _Shuffled:
@@ -81,6 +88,10 @@ class _Shuffled:
         """Prompt `number` with its epoch."""
         epoch, place = divmod(number, len(self._records))
         return epoch, self._records[self._order(epoch)[place]]
+
+    def epochs(self, num_prompts: int) -> int:
+        """How many epochs the first so many prompts are of."""
+        return -(-num_prompts // len(self._records))
 
 
 class _Weighted:
@@ -109,9 +120,21 @@ class _Weighted:
     def at(self, number: int) -> tuple[int, TokenizedRecord]:
         """Prompt `number` with its epoch in its own stream."""
         block, place = divmod(number, _BLOCK)
+        before = self._drawn_before(block)
+        drawn, earlier = self._draws(block)
+        stream = int(drawn[place])
+        return self._streams[stream].at(int(before[stream] + earlier[place]))
+
+    def epochs(self, num_prompts: int) -> int:
+        """How many epochs the first so many prompts are of, in the stream that has most."""
+        block, place = divmod(num_prompts, _BLOCK)
+        drawn, _ = self._draws(block)
+        counts = self._drawn_before(block) + np.bincount(drawn[:place], minlength=len(self._streams))
+        return max(stream.epochs(int(count)) for stream, count in zip(self._streams, counts, strict=True))
+
+    def _drawn_before(self, block: int) -> np.ndarray:
+        """Draws of each stream in the blocks before this one."""
         while len(self._before) <= block:
             drawn, _ = self._draws(len(self._before) - 1)
             self._before.append(self._before[-1] + np.bincount(drawn, minlength=len(self._streams)))
-        drawn, earlier = self._draws(block)
-        stream = int(drawn[place])
-        return self._streams[stream].at(int(self._before[block][stream] + earlier[place]))
+        return self._before[block]

@@ -13,6 +13,7 @@ from typing import Any
 import ray
 
 from gkd.interfaces import GroupKey, Post
+from gkd.stages import ByStep
 from gkd.types import Rollout
 from rollout.rewards import RewardScorer, RewardSettings
 
@@ -39,8 +40,8 @@ class RewardActor:
 class RewardPool:
     """The driver's handle on the reward worker (`gkd.interfaces.Rewards`)."""
 
-    def __init__(self, actor: Any, *, references: Sequence[str | None]) -> None:
-        """`references` are the final answers of the training records, by `prompt_index`."""
+    def __init__(self, actor: Any, *, references: ByStep[Sequence[str | None]]) -> None:
+        """`references` are the final answers of each stage's training records, by `prompt_index`."""
         self._actor = actor
         self._references = references
         self._waiting: deque[tuple[GroupKey, list[Rollout]]] = deque()
@@ -62,7 +63,8 @@ class RewardPool:
 
     def _call(self, key: GroupKey, rollouts: list[Rollout]) -> None:
         self._num_calls += 1
-        references = [self._references[rollout.id.prompt_index] for rollout in rollouts]
+        of_records = self._references.at(key[0]).value
+        references = [of_records[rollout.id.prompt_index] for rollout in rollouts]
 
         def finished(call: "Future[list[float]]") -> None:
             self._num_calls -= 1

@@ -31,6 +31,7 @@ def step_metrics(
     stopped = sum(rollout.stop_reason == "stop" for rollout in written)
     return {
         "step": batch.step,
+        "stage": batch.stage,
         "loss/total": trained.loss,
         **{f"loss/{name}": value for name, value in trained.metrics.items()},
         "train/grad_norm": trained.grad_norm,

@@ -12,34 +12,31 @@ from typing import Any, Literal
 import torch
 
 from gkd.config.divergence import DivergenceConfig
-from gkd.config.objective import BuiltObjective
 from gkd.evaluation import divergence_sum, negative_log_likelihood_sum
 from gkd.head import HeadWeights
 from gkd.importing import load_object
 from gkd.interfaces import WeightSender, WeightUpdate
-from gkd.objectives import build_divergence, build_objective
-from gkd.objectives.base import ObjectiveInputs, adversaries_of
+from gkd.objectives import build_divergence
+from gkd.objectives.base import ObjectiveInputs
 from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.seeds import derive_seed
+from gkd.stages import ByStep, InStage, stage_seed
 from gkd.types import Rollout, ScoredRollout
-from trainer.adversary import AdversaryAscent
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from trainer.ema import WeightAverage
 from trainer.export import write_model
 from trainer.lora import LoraSettings, adapter_off, adapter_weights, merged_weights, write_adapter
 from trainer.micro_batch import MicroBatches
-from trainer.schedule import learning_rate
 from trainer.share import RankShare
-from trainer.step import StepReport, TrainStep
+from trainer.stage import Stage, StageSettings
+from trainer.step import StepReport
 from trainer.student_model import load_student, training_mode
 from trainer.teacher_source import SentSignals, StudentAsTeacher, TeacherSource
 from trainer.weights import checkpoint_weights, tied_names
 
-_ADVERSARIES = "adversaries.pt"
-"""Beside DeepSpeed's state in a checkpoint: what the objective owns, the same on every rank."""
 _AVERAGE = "average.pt"
-"""Likewise: the moving average of the weights."""
+"""Beside DeepSpeed's state in a checkpoint: the moving average of the weights, the same on every rank."""
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 """Names and tensors, as they leave the student."""
@@ -63,21 +60,13 @@ class StudentSettings:
     """Compute activations again in the backward pass."""
     rows: int
     """Vocabulary rows in the loss."""
-    objective: BuiltObjective
-    """What is minimised."""
+    stages: ByStep[StageSettings]
+    """What is minimised when, and with which learning rates."""
     base_is_teacher: bool
     """The teacher is the student's own base, its adapter off."""
     ema_decay: float | None
     """The teacher is the moving average of the student's weights, which keeps this share of itself each step; None: it
     is not."""
-    learning_rate: float
-    """Peak."""
-    lr_schedule: Literal["constant", "linear", "cosine"]
-    """Decay after warm-up."""
-    warmup_steps: int
-    """Steps of linear warm-up."""
-    max_steps: int
-    """Where the decay ends."""
     engine: EngineSettings
     """DeepSpeed's part."""
     sender: str
@@ -111,17 +100,7 @@ class Student:
             self._average = WeightAverage(self._model, decay=settings.ema_decay)
         self._teacher = self._teacher_source()
         self._batches = MicroBatches(self._forward, self._teacher, rows=settings.rows)
-        objective = build_objective(settings.objective)
-        self._ascents = [
-            AdversaryAscent(adversary, self._engine, self._batches, seed=settings.seed)
-            for adversary in adversaries_of(objective)
-        ]
-        self._step = TrainStep(
-            self._engine,
-            self._batches,
-            objective,
-            before=self._ascents,
-        )
+        self._enter(settings.stages.at(1))
         self._sender: WeightSender = load_object(settings.sender, field="sync.backend")(**settings.sender_kwargs)
         self.sent_bytes = 0
 
@@ -133,24 +112,24 @@ class Student:
             return StudentAsTeacher(self._model, self._forward, self._average.in_place, rows=rows)
         return self._sent
 
+    def _enter(self, at: InStage[StageSettings]) -> None:
+        """Begin a stage. One that compares with no teacher is spared the teacher that the student can be."""
+        settings, batches = self._settings, self._batches
+        if not at.value.objective.needs_teacher:
+            batches = MicroBatches(self._forward, self._sent, rows=settings.rows)
+        self._stage_number = at.stage
+        self._stage = Stage(at.value, self._engine, batches, seed=stage_seed(settings.seed, at.stage))
+
     def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:
-        """Optimizer step `number`, from 1, on this rank's share of the batch."""
+        """Optimizer step `number` of the run, from 1, on this rank's share of the batch."""
         settings = self._settings
+        at = settings.stages.at(number)
+        if at.stage != self._stage_number:
+            self._enter(at)
         training_mode(self._model, dropout=settings.dropout)
         # So that a resumed run drops the same units, and every rank others.
         torch.manual_seed(derive_seed(settings.seed, "dropout", number, self._engine.rank))
-        report = self._step(
-            number,
-            samples,
-            share,
-            learning_rate=learning_rate(
-                number,
-                peak=settings.learning_rate,
-                schedule=settings.lr_schedule,
-                warmup_steps=settings.warmup_steps,
-                max_steps=settings.max_steps,
-            ),
-        )
+        report = self._stage.step(at.step, samples, share)
         if self._average is not None:
             self._average.update()
         return report
@@ -247,18 +226,20 @@ class Student:
     def save(self, folder: Path) -> None:
         """Model and optimizer state, to go on from, and that of what the objective and the teacher own."""
         self._engine.save(folder)
-        if self._engine.rank == 0 and self._ascents:
-            torch.save([ascent.state_dict() for ascent in self._ascents], folder / _ADVERSARIES)
+        if self._engine.rank == 0:
+            self._stage.save(folder)
         if self._engine.rank == 0 and self._average is not None:
             torch.save(self._average.state_dict(), folder / _AVERAGE)
 
-    def load(self, folder: Path) -> None:
-        """Go on from what `save` wrote."""
+    def load(self, folder: Path, *, completed_steps: int) -> None:
+        """Go on from what `save` wrote after so many optimizer steps.
+
+        Raises:
+            FileNotFoundError: if something is missing, such as what the objective of the last of these steps owns.
+        """
         self._engine.load(folder)
-        if self._ascents:
-            states = torch.load(folder / _ADVERSARIES, map_location="cpu", weights_only=True)
-            for ascent, state in zip(self._ascents, states, strict=True):
-                ascent.load_state_dict(state, device=self._forward.device)
+        self._enter(self._settings.stages.at(completed_steps))
+        self._stage.load(folder, device=self._forward.device)
         if self._average is not None:
             self._average.load_state_dict(torch.load(folder / _AVERAGE, map_location="cpu", weights_only=True))
 

@@ -1,7 +1,7 @@
 """Ray around the student: a thin actor for one training rank, and the driver's handle on all of them."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import ray
 from gkd.config.objective import DivergenceConfig, Reduction
 from gkd.interfaces import MixedSignals, WeightUpdate
 from gkd.signals import Mixture, TeacherSignal
+from gkd.stages import ByStep
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.share import RankShare, share_out
 from trainer.step import StepReport
@@ -74,9 +75,9 @@ class TrainerActor:
         """Write training state."""
         self._student.save(folder)
 
-    def load(self, folder: Path) -> None:
-        """Read training state."""
-        self._student.load(folder)
+    def load(self, folder: Path, completed_steps: int) -> None:
+        """Read the training state after so many steps."""
+        self._student.load(folder, completed_steps=completed_steps)
 
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format."""
@@ -123,6 +124,20 @@ def _opened(ref: Any) -> list[TeacherSignal]:
     return [Mixture(tuple(parts), ref.weights) for parts in zip(*of_each, strict=True)]
 
 
+@dataclass(frozen=True, slots=True)
+class BatchRules:
+    """What is made of a whole batch before it is shared out."""
+
+    reduction: Reduction
+    """Which mean over the batch's tokens is the loss."""
+    advantages: Advantages | None
+    """From rewards to advantages; None where there is no reward function."""
+
+
+_ONLY_ADDED = BatchRules("token_mean", None)
+"""Of an evaluation, whose divergences are added up without any weights."""
+
+
 class Learner:
     """The driver's handle on the training ranks."""
 
@@ -130,16 +145,14 @@ class Learner:
         self,
         ranks: Sequence[Any],
         *,
+        rules: ByStep[BatchRules],
         tokens_per_micro_batch: int,
-        reduction: Reduction,
-        advantages: Advantages | None,
         timeout_s: float,
     ) -> None:
-        """`ranks` are the actors, rank 0 first; `advantages` is None where there is no reward function."""
+        """`ranks` are the actors, rank 0 first; `rules` are those of each stage."""
         self._ranks = list(ranks)
-        self._advantages = advantages
+        self._rules = rules
         self._tokens_per_micro_batch = tokens_per_micro_batch
-        self._reduction: Reduction = reduction
         self._timeout_s = timeout_s
 
     def step(
@@ -151,7 +164,7 @@ class Learner:
         rewards: Sequence[float] | None,
     ) -> StepReport:
         """Optimizer step `number`. The references stay with the driver, which owns them."""
-        parts = self._parts(rollouts, groups, signals, rewards)
+        parts = self._parts(rollouts, groups, signals, rewards, self._rules.at(number).value)
         calls = [rank.step.remote(number, part) for rank, part in zip(self._ranks, parts, strict=True)]
         reports: list[StepReport] = self._get(calls)
         samples = {index: sample for report in reports for index, sample in report.samples.items()}
@@ -166,7 +179,7 @@ class Learner:
         temperature: float,
     ) -> tuple[float, int]:
         """Sum of a divergence to the teacher over all response tokens, and their number."""
-        parts = self._parts(rollouts, groups, signals)
+        parts = self._parts(rollouts, groups, signals, None, _ONLY_ADDED)
         calls = [
             rank.divergence.remote(part, config, temperature) for rank, part in zip(self._ranks, parts, strict=True)
         ]
@@ -219,9 +232,9 @@ class Learner:
         """Write training state."""
         self._on_all("save", folder)
 
-    def load(self, folder: Path) -> None:
-        """Read training state."""
-        self._on_all("load", folder)
+    def load(self, folder: Path, *, completed_steps: int) -> None:
+        """Read the training state after so many steps."""
+        self._on_all("load", folder, completed_steps)
 
     def export(self, folder: Path) -> None:
         """Write the model in Hugging Face format."""
@@ -232,16 +245,17 @@ class Learner:
         rollouts: Sequence[Rollout],
         groups: Sequence[Sequence[SampleId]],
         signals: Sequence[Any],
-        rewards: Sequence[float] | None = None,
+        rewards: Sequence[float] | None,
+        rules: BatchRules,
     ) -> list[RankPart]:
         none: Sequence[None] = [None] * len(rollouts)
         # Before the batch is split: an advantage compares samples that may go to different ranks.
-        advantages = none if self._advantages is None or rewards is None else self._advantages(rollouts, rewards)
+        advantages = none if rules.advantages is None or rewards is None else rules.advantages(rollouts, rewards)
         shares = share_out(
             rollouts,
             num_ranks=len(self._ranks),
             tokens_per_micro_batch=self._tokens_per_micro_batch,
-            reduction=self._reduction,
+            reduction=rules.reduction,
         )
         given = none if rewards is None else rewards
         return [RankPart(share, rollouts, groups, signals, given, advantages) for share in shares]

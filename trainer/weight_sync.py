@@ -143,15 +143,19 @@ class NoSync:
         return SyncReport(version=version, seconds=0.0, num_bytes=0, logprob_gap_max=None)
 
 
-class EvaluationSync:
-    """The sync where the engines only answer held-out prompts: no training sample waits for them."""
+class AwaitedSync:
+    """The sync where training samples do not wait for every version, because the engines only answer held-out prompts
+    for a while, or all the time."""
 
-    def __init__(self, sync: WeightSync) -> None:
-        """`sync` is due at the steps that are evaluated."""
+    def __init__(self, sync: WeightSync, awaited: Callable[[int], bool]) -> None:
+        """`awaited` says whether any step that a version lets go is trained on samples of the student."""
         self._sync = sync
+        self._awaited = awaited
 
     def push(self, version: int, served: Served) -> SyncReport:
-        """Training goes on at once; the engines get the weights where an evaluation follows."""
+        """If no sample waits for the version, training goes on at once; the engines may get it for an evaluation."""
+        if self._awaited(version):
+            return self._sync.push(version, served)
         served(version)
         report = self._sync.push(version, lambda _: None)
         return replace(report, version=version)

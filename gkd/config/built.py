@@ -10,12 +10,15 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         NotBuiltYet: for the first such value.
     """
+    for number, part in enumerate(config.parts):
+        if config.stages and part.teacher_writes:
+            field = f"stages.{number}.objective.type"
+            raise NotBuiltYet(field, part.objective.type, "Run it as a config of its own, before the others.")
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
         ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),
-        ("stages", config.stages, bool(config.stages), "Run one config after the other."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
         unbuilt.append((f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."))

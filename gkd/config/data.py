@@ -73,6 +73,12 @@ def _as_list(value: Any) -> Any:
 Sources = Annotated[list[DataSource], BeforeValidator(_as_list)]
 
 
+def dump_sources(sources: list[DataSource]) -> Any:
+    """As a user writes them: one without a list around it, None for none."""
+    dumped = [source.model_dump() for source in sources]
+    return dumped if len(dumped) > 1 else dumped[0] if dumped else None
+
+
 class DataConfig(Section):
     """What the student is trained on."""
 
@@ -126,8 +132,7 @@ class DataConfig(Section):
     @field_serializer("train", "eval")
     def one_source_as_a_mapping(self, sources: list[DataSource]) -> Any:
         """As a user writes them, so that `data.train.path` names the one source of a dumped config too."""
-        dumped = [source.model_dump() for source in sources]
-        return dumped if len(dumped) > 1 else dumped[0] if dumped else None
+        return dump_sources(sources)
 
     @property
     def weights(self) -> list[float] | None:

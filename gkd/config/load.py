@@ -9,7 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gkd.config.built import refuse_unbuilt
-from gkd.config.schema import Config
+from gkd.config.schema import Config, StageError
+from gkd.config.stages import StageConfig, completed, in_stage
 from gkd.errors import UserError
 
 
@@ -35,6 +36,7 @@ def parse_config(tree: dict[str, Any]) -> Config:
     Raises:
         UserError: naming the field, its value and the cure.
     """
+    tree = completed(tree)
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
@@ -96,7 +98,11 @@ def _entry(node: Any, name: str, *, above: str, override: str) -> str | int:
 
 def _user_error(errors: list[ErrorDetails], tree: dict[str, Any]) -> UserError:
     """The first error as the user's; several at once are counted."""
-    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")  # a typo explains what seems missing
+    # A typo explains what seems missing, and what stages bring is wrong outside of them, too.
+    first = min(errors, key=lambda error: (error["type"] != "extra_forbidden", error["loc"][:1] != ("stages",)))
+    if isinstance(failed := first.get("ctx", {}).get("error"), StageError):
+        stage = StageConfig.model_validate(tree["stages"][failed.number])
+        return in_stage(_user_error(failed.error.errors(), stage.applied_to(tree)), failed.number, stage)
     more = f" ({len(errors) - 1} more after this one.)" if len(errors) > 1 else ""
     field, value, problem, cure = _describe(first, tree)
     return UserError(field, value, problem, cure + more)
@@ -108,6 +114,10 @@ def _describe(error: ErrorDetails, tree: dict[str, Any]) -> tuple[str, object, s
     match error["type"]:
         case "extra_forbidden":
             known = _known_keys(error["loc"][:-1])
+            if names[0] == "stages" and names[-1] in _known_keys(tuple(names[2:-1])):
+                cure = f"Set it outside of `stages`. A stage may set here: {', '.join(known)}."
+                cure = "A stage's length is its `steps`." if names[-1] == "max_steps" else cure
+                return field, value, "is the same in all stages.", cure
             nearest = difflib.get_close_matches(names[-1], known, n=1, cutoff=0.4)
             hint = f"Did you mean {nearest[0]!r}? " if nearest else ""
             return field, value, "is not a known key.", f"{hint}Known here: {', '.join(known)}."

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, PrivateAttr, ValidationError, ValidationInfo, model_validator
 
 from gkd.config.base import Count, NonNegativeInt, Section
 from gkd.config.data import DataConfig
@@ -16,6 +16,7 @@ from gkd.config.objective import (
     terms_of_type,
 )
 from gkd.config.rollout import RolloutConfig
+from gkd.config.stages import Stages
 from gkd.config.trainer import SyncConfig, TrainerConfig
 from gkd.importing import absolute_path
 
@@ -76,6 +77,19 @@ class LogConfig(Section):
     """Rollouts written each time."""
 
 
+class StageError(ValueError):
+    """A stage that is no valid config."""
+
+    def __init__(self, number: int, error: ValidationError) -> None:
+        self.number = number
+        self.error = error
+        super().__init__(f"stages.{number}: {error}")
+
+
+_A_STAGE = "stage"
+"""Validation context of a config that is one stage of a run: what concerns the whole run is not its own."""
+
+
 class Config(Section):
     """One training run."""
 
@@ -91,18 +105,40 @@ class Config(Section):
     sync: SyncConfig = SyncConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
-    stages: list[dict[str, Any]] = []
+    stages: Stages = []
+
+    _parts: tuple["Config", ...] = PrivateAttr(default=())
 
     @model_validator(mode="after")
-    def parts_agree(self) -> "Config":
-        """Checks that span sections."""
-        self._check_models()
-        self._check_writer()
-        self._check_reward()
-        self._check_training()
-        self._check_objective()
-        self._check_evaluation()
+    def parts_agree(self, info: ValidationInfo) -> "Config":
+        """Checks that span sections; of a run with stages each stage's own."""
+        if self.stages:
+            self._check_stages()
+        else:
+            self._check_models()
+            self._check_writer()
+            self._check_reward()
+            self._check_training()
+            self._check_objective()
+        if info.context != _A_STAGE:
+            self._check_evaluation()
         return self
+
+    def _check_stages(self) -> None:
+        whole = self.model_dump(mode="json")
+        parts = []
+        for number, stage in enumerate(self.stages):
+            try:
+                parts.append(Config.model_validate(stage.applied_to(whole), context=_A_STAGE))
+            except ValidationError as error:
+                raise StageError(number, error) from None
+        self._parts = tuple(parts)
+        steps = sum(stage.steps for stage in self.stages)
+        if self.trainer.max_steps > steps:
+            raise ValueError(
+                f"trainer.max_steps = {self.trainer.max_steps}: the stages have {steps} steps together: leave it out, "
+                "or set it lower to end the run early"
+            )
 
     def _check_models(self) -> None:
         self._check_teachers()
@@ -271,14 +307,19 @@ class Config(Section):
             )
 
     @property
+    def parts(self) -> tuple["Config", ...]:
+        """Each stage as a config of its own, as long as the stage; of a run without stages the config itself."""
+        return self._parts or (self,)
+
+    @property
     def needs_teacher(self) -> bool:
-        """Whether a teacher scores the samples."""
-        return self.objective.needs_teacher
+        """Whether a teacher scores the samples, in any stage."""
+        return any(part.objective.needs_teacher for part in self.parts)
 
     @property
     def teacher_writes(self) -> bool:
         """Whether all responses are the teacher's own, written on vLLM while the run goes on."""
-        return isinstance(self.objective, SeqKdObjective)
+        return any(isinstance(part.objective, SeqKdObjective) for part in self.parts)
 
     @property
     def uses_teacher(self) -> bool:
@@ -292,8 +333,8 @@ class Config(Section):
 
     @property
     def needs_rollouts(self) -> bool:
-        """Whether the student writes samples."""
-        return self.on_policy_fraction > 0
+        """Whether the student writes samples, in any stage."""
+        return any(part.on_policy_fraction > 0 for part in self.parts)
 
     @property
     def generates(self) -> bool:
@@ -302,8 +343,8 @@ class Config(Section):
 
     @property
     def needs_completions(self) -> bool:
-        """Whether every training record must have a completion."""
-        return self.on_policy_fraction < 1 and not self.teacher_writes
+        """Whether every training record must have a completion; with stages, in any of them."""
+        return any(part.on_policy_fraction < 1 for part in self.parts) and not self.teacher_writes
 
     @property
     def all_teachers(self) -> list[TeacherConfig]:

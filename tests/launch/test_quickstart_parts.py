@@ -51,6 +51,7 @@ def test_what_the_configs_read_is_written_and_fits_together(tmp_path):
 def line(step, *, gap):
     return {
         "step": step,
+        "stage": step // 5,
         "loss/total": 1.0 / step,
         "source/on_policy": 1.0 if gap else 0.0,
         "tokens/generated": 100 if gap else 0,
@@ -71,12 +72,25 @@ def line(step, *, gap):
 def test_both_displays_show_the_numbers(gap, terminal):
     output = io.StringIO()
     console = Console(file=output, force_terminal=terminal, width=140)
-    with make_display(console, "demo", 2, 5) as display:
+    with make_display(console, "demo", 2, 5, stages=[]) as display:
         for step in (3, 4, 5):
             display.show(line(step, gap=gap))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
     assert "demo" in text and "0.2000" in text and "5/5" in text
     assert ("1.0e-05" in text and "200" in text and "100%" in text) if gap else "0%" in text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_display_names_the_stage_of_a_run_that_has_several(terminal):
+    output = io.StringIO()
+    with make_display(
+        Console(file=output, force_terminal=terminal, width=180), "demo", 2, 5, stages=["warm", "on-policy run"]
+    ) as display:
+        for step in (3, 4, 5):
+            display.show(line(step, gap=1e-5))
+    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", output.getvalue())
+    assert "on-policy run" in text and "stage" in text
+    assert terminal or "stage warm" in text  # on a terminal only the last picture is sure to be drawn
 
 
 def test_the_plot_is_a_picture(tmp_path):

@@ -18,24 +18,24 @@ def config(folder, **changes):
 
 
 def write_checkpoint(folder, step, **changes):
-    state = run_state(config(folder, **changes), "hash")
+    state = run_state(config(folder, **changes), ["hash"])
     checkpoint.write(folder / "checkpoints", step, state, lambda path: None, keep_last=9)
 
 
 def test_auto_goes_on_from_the_newest_checkpoint_and_knows_a_finished_run(tmp_path):
     folder = tmp_path / "run"
-    assert find_start(config(folder), "hash").completed_steps == 0
+    assert find_start(config(folder), ["hash"]).completed_steps == 0
     write_checkpoint(folder, 2)
-    start = find_start(config(folder), "hash")
+    start = find_start(config(folder), ["hash"])
     assert (start.completed_steps, start.finished) == (2, False)
     write_checkpoint(folder, 3)
-    assert not find_start(config(folder), "hash").finished  # the export is missing
+    assert not find_start(config(folder), ["hash"]).finished  # the export is missing
     (folder / "export").mkdir()
     mark_export(folder / "export", 2)
-    assert not find_start(config(folder), "hash").finished  # it is an earlier step's
+    assert not find_start(config(folder), ["hash"]).finished  # it is an earlier step's
     mark_export(folder / "export", 3)
-    assert find_start(config(folder), "hash").finished
-    assert not find_start(config(folder, trainer__max_steps=5), "hash").finished
+    assert find_start(config(folder), ["hash"]).finished
+    assert not find_start(config(folder, trainer__max_steps=5), ["hash"]).finished
 
 
 def test_never_moves_the_old_run_aside(tmp_path):
@@ -45,7 +45,7 @@ def test_never_moves_the_old_run_aside(tmp_path):
         (folder / "metrics.jsonl").write_text(str(number))
         write_checkpoint(folder, 2)
         fresh = config(folder, run__resume="never")
-        prepare(fresh, find_start(fresh, "hash"))
+        prepare(fresh, find_start(fresh, ["hash"]))
         assert (tmp_path / f"run.{number + 1}" / "metrics.jsonl").read_text() == str(number)
         assert [p.name for p in folder.iterdir()] == ["config.yaml"]
         (folder / "config.yaml").unlink()
@@ -57,7 +57,7 @@ def test_a_named_checkpoint_drops_the_later_ones(tmp_path):
     for step in (1, 2):
         write_checkpoint(folder, step)
     named = config(folder, run__resume=str(folder / "checkpoints" / "step_1"))
-    start = find_start(named, "hash")
+    start = find_start(named, ["hash"])
     assert start.completed_steps == 1
     prepare(named, start)
     assert [p.name for p in (folder / "checkpoints").iterdir()] == ["step_1"]
@@ -69,7 +69,7 @@ def test_a_run_known_by_two_paths_is_one_run(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "real")
     write_checkpoint(tmp_path / "real" / "run", 2)
     named = config(tmp_path / "link" / "run", run__resume=str(tmp_path / "real" / "run" / "checkpoints" / "step_2"))
-    start = find_start(named, "hash")
+    start = find_start(named, ["hash"])
     prepare(named, start)
     assert start.checkpoint.folder.is_dir() and not (tmp_path / "real" / "run.1").exists()
 
@@ -80,7 +80,7 @@ def test_a_checkpoint_of_another_folder_brings_its_records_along(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "samples.jsonl").write_text("another run's")
     named = config(tmp_path / "b", run__resume=str(tmp_path / "a" / "checkpoints" / "step_2"))
-    prepare(named, find_start(named, "hash"))
+    prepare(named, find_start(named, ["hash"]))
     assert (tmp_path / "b" / "samples.jsonl").read_text() == '{"step": 1}\n'
     assert (tmp_path / "b.1" / "samples.jsonl").read_text() == "another run's"
     assert (tmp_path / "a" / "checkpoints" / "step_2").is_dir()
@@ -118,31 +118,31 @@ MAY_NOT = {
 @pytest.mark.parametrize("key", MAY_CHANGE)
 def test_what_a_resumed_run_may_change(tmp_path, key):
     write_checkpoint(tmp_path / "run", 2)
-    assert find_start(config(tmp_path / "run", **{key: MAY_CHANGE[key]}), "hash").completed_steps == 2
+    assert find_start(config(tmp_path / "run", **{key: MAY_CHANGE[key]}), ["hash"]).completed_steps == 2
 
 
 @pytest.mark.parametrize("key", MAY_NOT)
 def test_what_a_resumed_run_may_not_change(tmp_path, key):
     write_checkpoint(tmp_path / "run", 2)
     with pytest.raises(UserError, match="may not change") as caught:
-        find_start(config(tmp_path / "run", **{key: MAY_NOT[key]}), "hash")
+        find_start(config(tmp_path / "run", **{key: MAY_NOT[key]}), ["hash"])
     assert caught.value.field == key.replace("__", ".")
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_the_keys_that_it_did_not_know(tmp_path):
     folder = tmp_path / "run"
-    state = run_state(config(folder), "hash")
+    state = run_state(config(folder), ["hash"])
     del state["config"]["data"]["train"]["weight"], state["config"]["student"]["dropout"]
     checkpoint.write(folder / "checkpoints", 2, state, lambda path: None, keep_last=9)
-    assert find_start(config(folder), "hash").completed_steps == 2
+    assert find_start(config(folder), ["hash"]).completed_steps == 2
     with pytest.raises(UserError, match="was False in the run"):
-        find_start(config(folder, student__dropout=True), "hash")
+        find_start(config(folder, student__dropout=True), ["hash"])
 
 
 def test_other_data_under_the_same_name_is_refused(tmp_path):
     write_checkpoint(tmp_path / "run", 2)
     with pytest.raises(UserError, match="content changed"):
-        find_start(config(tmp_path / "run"), "another hash")
+        find_start(config(tmp_path / "run"), ["another hash"])
 
 
 def test_workers_share_the_cpus_where_there_is_no_gpu(tmp_path):

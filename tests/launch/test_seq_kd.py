@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -13,8 +14,9 @@ from launch.check import run_check
 from launch.memory import estimate
 from launch.placement import needed_places
 from launch.preflight import check
-from launch.run_folder import _refuse_changes
+from launch.run_folder import _refuse_changes, run_state
 from launch.teachers import writer_settings
+from trainer.checkpoint import Checkpoint
 
 DIVERGENCE = {"type": "seq_kd", "form": "divergence", "divergence": {"type": "forward_kl"}}
 
@@ -55,7 +57,7 @@ def test_the_engine_serves_the_teacher_as_the_config_says(setup):
     assert (found.model, found.load_weights, found.adapter) == (setup[1]["teacher"], True, None)
     assert (found.temperature, found.top_p, found.max_new_tokens, found.seed) == (0.5, 1.0, 16, 3)
     assert (found.dtype, found.max_concurrent, found.kv_cache_gib) == ("bfloat16", 7, 0.25)
-    assert found.max_model_len == facts.data.longest_prompt + 16 and facts.max_model_len == 0
+    assert found.max_model_len == facts.stages[0].data.longest_prompt + 16 and facts.max_model_len == 0
     assert (found.vocabulary, found.stop_ids) == (18, (EOS,))
     # Where the teacher ends its text, it ends; a mark beyond the tokenizer is none.
     own = replace(facts.teachers[0], stop_ids=frozenset({EOS, 5, 19}))
@@ -67,7 +69,7 @@ def test_the_teachers_prompt_is_what_it_answers(setup, tmp_path):
     (tmp_path / "told.jsonl").write_text("".join(lines))
     config = parse_config(tree_of(setup, data={"train": {"path": str(tmp_path / "told.jsonl")}}))
     facts = check(config)
-    assert [record.teacher_prompt_ids is None for record in facts.data.records] == [False, True]
+    assert [record.teacher_prompt_ids is None for record in facts.stages[0].data.records] == [False, True]
     assert writer_settings(config, facts, on_gpu=False).max_model_len == 7 + 16
 
 
@@ -127,10 +129,10 @@ def test_a_teacher_that_vllm_cannot_run_is_found_before_anything_starts(setup, m
 
 
 def test_the_engine_may_change_when_a_run_is_resumed_and_the_text_not(setup):
-    def state(**teacher):
-        config = parse_config(tree_of(setup, teacher=teacher))
-        return {"config": config.model_dump(mode="json"), "data_fingerprint": "x"}
+    def config(**teacher):
+        return parse_config(tree_of(setup, teacher=teacher))
 
-    _refuse_changes(state(), state(max_concurrent=3, kv_cache_gib=2, tensor_parallel_size=2))
+    before = Checkpoint(Path("step_1"), 1, run_state(config(), ["x"]))
+    _refuse_changes(before, config(max_concurrent=3, kv_cache_gib=2, tensor_parallel_size=2), ["x"])
     with pytest.raises(UserError, match=r"generation_temperature"):
-        _refuse_changes(state(), state(generation_temperature=0.5))
+        _refuse_changes(before, config(generation_temperature=0.5), ["x"])

@@ -47,7 +47,7 @@ def fill(config, kind=SignalKind.TOP_K, count=None):
     """Store something under the keys of a config's samples."""
     facts = check(config)
     store = SignalStore(facts.caches[0])
-    texts = given_texts(facts.data)[:count]
+    texts = given_texts(facts.stages[0].data)[:count]
     store.put({store.key(text): signal_of(kind) for text in texts})
 
 
@@ -74,7 +74,7 @@ def test_signals_of_another_making_are_refused(config, changes, words):
 def test_signals_that_can_be_brought_to_another_temperature_are_not(config):
     fill(config(teacher={"signal": "full_logits"}), SignalKind.FULL_LOGITS)
     hotter = check(config(teacher={"signal": "full_logits"}, objective={"temperature": 2.0}))
-    assert not_stored(hotter.caches, given_texts(hotter.data)) == []
+    assert not_stored(hotter.caches, given_texts(hotter.stages[0].data)) == []
 
 
 def test_a_teacher_that_was_trained_on_is_another(config, models, tmp_path):

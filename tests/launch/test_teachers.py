@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -18,11 +19,12 @@ from launch.memory import GIB, Sizes, estimate
 from launch.offline import check_offline
 from launch.placement import needed_places, plan_placement
 from launch.preflight import check
-from launch.run_folder import _refuse_changes
+from launch.run_folder import _refuse_changes, run_state
 from launch.signal_choice import check_signal, choose_signals
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, student_top_k, teacher_settings
 from rollout.teacher_actor import TeacherPool
 from rollout.teacher_router import MixedTeachers, RoutedTeachers
+from trainer.checkpoint import Checkpoint
 
 A, B = {"name": "a", "model": "x"}, {"name": "b", "model": "y"}
 HALF_A, HALF_B = A | {"weight": 1}, B | {"weight": 3}
@@ -193,7 +195,7 @@ def test_a_check_of_two_teachers(setup, tmp_path):
     data = records(tmp_path / "a.jsonl", {"teacher_prompt": "abcdefg"}, {"teacher": "narrow"}, {})
     facts = check(parse_config(tree | {"data": {"train": {"path": data}}}))
     assert (facts.rows, facts.num_tokens, len(facts.teachers)) == (18, 18, 2)
-    assert [record.teacher for record in facts.data.records] == ["wide", "narrow", "wide"]
+    assert [record.teacher for record in facts.stages[0].data.records] == ["wide", "narrow", "wide"]
     assert (facts.sizes.longest_prompt, facts.sizes.longest_scored_prompt) == (2, 7)
     assert "1 of 3 records have a prompt for the teacher alone (up to 7 tokens)" in facts.warnings
     assert not any("in vain" in warning for warning in facts.warnings)
@@ -274,11 +276,10 @@ def test_offline_a_teacher_that_is_not_here_is_left_out(setup):
                             ({"weight": 2}, True)],
 )  # fmt: skip
 def test_what_may_change_of_teachers_when_a_run_is_resumed(change, refused):
-    def state(first):
-        return {"config": config(first, HALF_B).model_dump(mode="json"), "data_fingerprint": "x"}
-
+    before = Checkpoint(Path("step_1"), 1, run_state(config(HALF_A, HALF_B), ["x"]))
+    now = config(HALF_A | change, HALF_B)
     if refused:
         with pytest.raises(UserError, match="may not change"):
-            _refuse_changes(state(HALF_A), state(HALF_A | change))
+            _refuse_changes(before, now, ["x"])
     else:
-        _refuse_changes(state(HALF_A), state(HALF_A | change))
+        _refuse_changes(before, now, ["x"])

@@ -5,6 +5,7 @@ from concurrent.futures import Future
 import pytest
 
 from gkd.rewards import RewardError
+from gkd.stages import ByStep
 from gkd.types import Prompt, Rollout, SampleId
 from rollout.idle import IdleClock
 from rollout.reward_actor import RewardPool
@@ -228,7 +229,7 @@ def test_the_idle_clock_runs_while_nothing_is_done(monkeypatch):
 def test_two_groups_wait_at_the_worker_and_references_go_along():
     actor = type("Actor", (), {"score": Method()})()
     delivered = []
-    pool = RewardPool(actor, references=["zero", None, "two"])
+    pool = RewardPool(actor, references=ByStep([(1, ["zero", None, "two"])]))
     pool.connect(lambda callback: callback(), lambda key, rewards: delivered.append((key, rewards)))
     for number, members in enumerate([(2, 0), (1,), (0,)]):
         pool.submit((1, number), [rollout(SampleId(0, i, 0)) for i in members])

@@ -9,6 +9,7 @@ from tiny import EOS, save_model
 from gkd.config.schema import RewardConfig
 from gkd.errors import UserError
 from gkd.rewards import RewardError, RewardSample, call_reward, exact_match, load_reward
+from gkd.stages import ByStep
 from gkd.types import Rollout, SampleId
 from launch.reward_check import check_reward
 from rollout.records import Origin, TextRecord
@@ -151,7 +152,7 @@ def test_the_workers_error_reaches_the_driver_with_its_traceback(tmp_path, ray_c
     actor = RewardActor.options(num_cpus=0).remote(
         RewardSettings(path=path, kwargs={}, tokenizer=str(model), stop_ids=(EOS,))
     )
-    pool, posted = RewardPool(actor, references=[None]), []
+    pool, posted = RewardPool(actor, references=ByStep([(1, [None])])), []
     pool.connect(posted.append, lambda *_: None)
     pool.submit((1, 0), [rollout(0)])
     deadline = time.monotonic() + 60

@@ -7,10 +7,12 @@ from gkd.config.objective import DistillObjective, SftObjective
 from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs
 from gkd.signals import FullLogits
+from gkd.stages import ByStep
 from gkd.teacher_view import WholeView
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.deepspeed_engine import EngineSettings
 from trainer.share import share_out
+from trainer.stage import StageSettings
 from trainer.student import StudentSettings
 
 PACKING_LENGTHS = [(1, 5), (4, 1), (7, 9), (2, 3), (3, 12), (5, 2), (9, 4), (1, 1)]
@@ -60,8 +62,15 @@ def distill(**divergence):
     return DistillObjective.model_validate({"type": "distill", "divergence": divergence or {"type": "forward_kl"}})
 
 
+def stage_settings(objective=None, **changes):
+    """A stage with one learning rate."""
+    settings = {"learning_rate": 1e-2, "lr_schedule": "constant", "warmup_steps": 0, "steps": 100}
+    return StageSettings(objective=objective or distill(), **(settings | changes))
+
+
 def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows=VOCABULARY, engine=None, **changes):
-    """Settings of a student that trains as plainly as possible."""
+    """Settings of a student that trains as plainly as possible, in one stage."""
+    in_stage = {name: changes.pop(name) for name in ("learning_rate", "lr_schedule", "warmup_steps") if name in changes}
     engine_settings = {"zero_stage": zero_stage, "grad_clip": grad_clip, "weight_decay": 0.01, "betas": (0.9, 0.95)}
     settings = {
         "model": model,
@@ -71,13 +80,9 @@ def student_settings(model, *, objective=None, zero_stage=0, grad_clip=1.0, rows
         "lora": None,
         "gradient_checkpointing": False,
         "rows": rows,
-        "objective": objective or distill(),
+        "stages": ByStep([(100, stage_settings(objective, **in_stage))]),
         "base_is_teacher": False,
         "ema_decay": None,
-        "learning_rate": 1e-2,
-        "lr_schedule": "constant",
-        "warmup_steps": 0,
-        "max_steps": 100,
         "engine": EngineSettings(**(engine_settings | (engine or {}))),
         "sender": "rollout.weights.object_store:ObjectStoreSender",
         "sender_kwargs": {"bucket_bytes": 20_000},

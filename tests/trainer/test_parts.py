@@ -11,7 +11,7 @@ from trainer import checkpoint
 from trainer.best import Best
 from trainer.records import Records
 from trainer.schedule import learning_rate
-from trainer.weight_sync import BackgroundPush, EvaluationSync, NoSync, WeightGapError, WeightSync, stop_the_run
+from trainer.weight_sync import AwaitedSync, BackgroundPush, NoSync, WeightGapError, WeightSync, stop_the_run
 
 
 def save(folder):
@@ -162,7 +162,7 @@ def test_a_sync_that_is_not_due_leaves_the_engines_and_the_window_alone():
 
 def test_engines_that_only_evaluate_hold_nothing_up():
     engines, served = FakeEngines(), []
-    evaluated = EvaluationSync(sync([[-1.0, -2.0]], engines, due=lambda step: step % 2 == 0))
+    evaluated = AwaitedSync(sync([[-1.0, -2.0]], engines, due=lambda step: step % 2 == 0), lambda version: False)
     assert [evaluated.push(version, served.append).version for version in range(5)] == list(range(5))
     assert served == list(range(5)) and engines.received == [0, 2, 4]
 

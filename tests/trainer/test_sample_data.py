@@ -14,6 +14,7 @@ from gkd import divergences, logits
 from gkd.interfaces import ScoredBatch
 from gkd.objectives import Distill, ObjectiveOutput
 from gkd.packing import pack
+from gkd.stages import ByStep
 from gkd.types import ScoredRollout
 from trainer.metrics import step_metrics
 from trainer.records import Records
@@ -22,7 +23,7 @@ from trainer.share import share_out
 from trainer.staleness import staleness_metrics
 from trainer.step import StepReport
 from trainer.student import Student
-from trainer.trainer_actor import Learner, RankPart
+from trainer.trainer_actor import BatchRules, Learner, RankPart
 from trainer.weight_sync import SyncReport
 
 CPU = torch.device("cpu")
@@ -249,9 +250,10 @@ def test_advantages_are_of_the_whole_batch_whatever_the_ranks(monkeypatch):
         ranks = [FakeRank() for _ in range(num_ranks)]
         learner = Learner(
             ranks,
+            rules=ByStep(
+                [(1, BatchRules("token_mean", lambda _, rewards: [r - sum(rewards) / len(rewards) for r in rewards]))]
+            ),
             tokens_per_micro_batch=16,
-            reduction="token_mean",
-            advantages=lambda _, rewards: [reward - sum(rewards) / len(rewards) for reward in rewards],
             timeout_s=5,
         )
         report = learner.step(1, rollouts, [[r.id for r in rollouts]], [None], rewards)

@@ -186,7 +186,6 @@ UNBUILT = [
     "rollout.max_restarts=1",
     "log.wandb=true",
     "log.trace=true",
-    "stages=[{}]",
 ]
 
 
