@@ -39,6 +39,19 @@ def test_blocks_change_nothing(name, elements, monkeypatch):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "total_variation"])
+def test_float32_is_enough_where_student_and_teacher_are_close(name):
+    """Their difference must not drown in the rounding of what they share. (A distance's gradient is all signs.)"""
+    teacher = 4 * random_logits(4, 20_000)
+    student = teacher + 1e-3 * random_logits(4, 20_000, seed=1)
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        ours = student.to(dtype).requires_grad_()
+        gradients += torch.autograd.grad(DIVERGENCES[name](ours, teacher.to(dtype)).sum(), ours)
+    single, double = gradients
+    assert ((single - double).norm(dim=-1) / double.norm(dim=-1)).max() < 4e-3
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_one_tensor_is_made_beside_the_logits(name, monkeypatch):
     """Student, teacher and gradient, and at most 12 tensors of a block, here of one token."""
