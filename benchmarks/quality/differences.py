@@ -35,6 +35,9 @@ ACCURACY = (
     Comparison(first="gkd_reverse_kl", second="kd"),
     Comparison(first="gkd_jsd_0.5", second="kd"),
     Comparison(first="kd", second="sft"),
+    Comparison(first="seq_kd", second="sft"),
+    Comparison(first="seq_kd", second="kd"),
+    Comparison(first="gkd_jsd_0.5", second="seq_kd"),
     Comparison(first="gkd_reverse_kl", second="sft"),
     Comparison(first="gkd_jsd_0.5", second="sft"),
 )

@@ -5,13 +5,13 @@ from typing import Any
 from launch.placement import Place
 from launch.ray_session import Workers
 
-_KEPT = ("rollout", "teacher")
+_KEPT = ("rollout", "teacher", "teacher_rollout")
 _SHARE = 0.01
 """CPUs that Ray books for a kept worker: it has a place of its own beside those of the runs."""
 
 
 class KeptWorkers:
-    """The engine and the teacher of the runs so far, each replaced when a run needs another."""
+    """The engines and the teacher of the runs so far, each replaced when a run needs another."""
 
     def __init__(self) -> None:
         self._held: dict[str, tuple[Any, Workers, Any]] = {}  # worker -> settings, its own place, actor

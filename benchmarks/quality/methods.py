@@ -24,6 +24,7 @@ def _rewarded(alpha: float) -> dict[str, Any]:
 HEADLINE: dict[str, dict[str, Any]] = {
     "sft": {"objective": {"type": "sft"}},
     "kd": _distill(0, "forward_kl"),
+    "seq_kd": {"objective": {"type": "seq_kd", "form": "likelihood"}},
     "gkd_reverse_kl": _distill(1, "reverse_kl"),
     "gkd_jsd_0.5": _distill(1, "generalized_jsd", beta=0.5),
 }
@@ -54,6 +55,7 @@ METHODS = HEADLINE | OTHERS
 TITLES = {
     "sft": "SFT",
     "kd": "KD, forward KL",
+    "seq_kd": "SeqKD",
     "kd_jsd_0.5": "KD, JSD 0.5 (control)",
     "kd_reverse_kl": "KD, reverse KL (control)",
     "imitkd": "ImitKD (lambda 0.5, forward KL)",
