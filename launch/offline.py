@@ -89,9 +89,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
     check_teacher_engines(config, teachers, this_host=False)
-    unused = iter(records)
-    found = in_each_stage(config, lambda part: _check_data(part, next(unused), student, teachers, num_tokens))
-    shown = iter(found)
+    found = in_each_stage(config, lambda part, read: _check_data(part, read, student, teachers, num_tokens), records)
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     sizes = Sizes(
         student=architecture,
@@ -103,7 +101,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         longest_scored_prompt=max(data.longest_scored_prompt for data in found),
         longest_response=max(data.longest_response for data in found),
     )
-    return sizes, [*notes, *notes_of_each(config, lambda _: next(shown).notes)]
+    return sizes, [*notes, *notes_of_each(config, lambda _, data: data.notes, found)]
 
 
 def _read(config: Config) -> list[Record] | None:

@@ -111,8 +111,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
     check_teacher_engines(config, teachers, this_host=this_host)
 
-    unread = iter(records)
-    stages = in_each_stage(config, lambda part: _stage_facts(part, next(unread), student, teachers, num_tokens))
+    stages = in_each_stage(config, lambda part, read: _stage_facts(part, read, student, teachers, num_tokens), records)
     held_out = None
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
@@ -134,10 +133,9 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         longest_scored_prompt=max(data.longest_scored_prompt for data in read),
         longest_response=max(response_room, *(data.longest_completion for data in read)),
     )
-    found = iter(stages)
     warnings = [
         *notes,
-        *notes_of_each(config, lambda _: next(found).notes),
+        *notes_of_each(config, lambda _, stage: stage.notes, stages),
         *_warnings(config, student, teachers),
         *notes_of_each(config, objective_notes),
         *signal_notes(config),

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gkd.config import Config
 from gkd.config.stages import in_stage
@@ -12,16 +12,21 @@ from gkd.stages import ByStep
 Found = TypeVar("Found")
 
 
-def in_each_stage(config: Config, find: Callable[[Config], Found]) -> list[Found]:
+def in_each_stage(config: Config, find: Callable[..., Found], *known: Sequence[Any]) -> list[Found]:
     """What is found out about each stage, in their order; of a run without stages about the run.
+
+    Args:
+        config: the run's.
+        find: called with a stage's config, and what is known of the stage.
+        known: of each stage.
 
     Raises:
         UserError: naming the stage, if `find` raises one.
     """
     found = []
-    for number, part in enumerate(config.parts):
+    for number, (part, *own) in enumerate(zip(config.parts, *known, strict=True)):
         with naming(config, number):
-            found.append(find(part))
+            found.append(find(part, *own))
     return found
 
 
@@ -36,9 +41,9 @@ def naming(config: Config, number: int) -> Iterator[None]:
         raise in_stage(error, number, config.stages[number]) from error.__cause__
 
 
-def notes_of_each(config: Config, find: Callable[[Config], Sequence[str]]) -> list[str]:
-    """What is worth knowing of each stage; once, where it is the same in all."""
-    found = in_each_stage(config, find)
+def notes_of_each(config: Config, find: Callable[..., Sequence[str]], *known: Sequence[Any]) -> list[str]:
+    """What is worth knowing of each stage; once, where it is the same in all. Arguments as of `in_each_stage`."""
+    found = in_each_stage(config, find, *known)
     if all(notes == found[0] for notes in found):
         return list(found[0])
     return [f"stages.{number}: {note}" for number, notes in enumerate(found) for note in notes]
