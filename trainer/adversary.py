@@ -28,12 +28,15 @@ class AdversaryAscent:
     add up over micro-batches and ranks with the loss's own token weights, so that splits change nothing but rounding.
     """
 
-    def __init__(self, adversary: Adversary, engine: DeepSpeedEngine, batches: MicroBatches, *, seed: int) -> None:
-        """`seed` is of its first parameters."""
+    def __init__(
+        self, adversary: Adversary, engine: DeepSpeedEngine, batches: MicroBatches, *, seed: int, suffix: str = ""
+    ) -> None:
+        """`seed` is of its first parameters; `suffix` ends the names of its metrics, where there are several."""
         self._adversary = adversary
         self._engine = engine
         self._batches = batches
         self._seed = seed
+        self._suffix = suffix
         self._optimizer: torch.optim.AdamW | None = None
 
     def __call__(
@@ -50,7 +53,7 @@ class AdversaryAscent:
         found: dict[str, float] = {}
         for _ in range(self._adversary.inner_steps(number)):
             found = self._inner_step(samples, share, learning_rate=learning_rate)
-        measured = {name: found.pop(name) for name in ("critic_loss", "critic_grad_norm")}
+        measured = {f"{name}{self._suffix}": found.pop(name) for name in ("critic_loss", "critic_grad_norm")}
         self._adversary.end_step(found)
         return measured
 

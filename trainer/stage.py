@@ -45,7 +45,12 @@ class Stage:
         """`seed` is of what begins with the stage."""
         self._settings = settings
         objective = build_objective(settings.objective)
-        self._ascents = [AdversaryAscent(owned, engine, batches, seed=seed) for owned in adversaries_of(objective)]
+        adversaries = adversaries_of(objective)
+        suffixes = [""] if len(adversaries) == 1 else [f"_{place + 1}" for place in range(len(adversaries))]
+        self._ascents = [
+            AdversaryAscent(adversary, engine, batches, seed=seed, suffix=suffix)
+            for adversary, suffix in zip(adversaries, suffixes, strict=True)
+        ]
         self._step = TrainStep(engine, batches, objective, before=self._ascents)
 
     def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:

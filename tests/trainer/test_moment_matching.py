@@ -170,6 +170,15 @@ def test_a_sum_trains_its_terms_critics(model, teacher):
     assert len(critics) == len(alone_critics) == 2
 
 
+def test_two_pairs_of_critics_have_metrics_of_their_own(model, teacher):
+    terms = [{"objective": QUICK.model_dump()}, {"objective": QUICK.model_copy(update={"inner_steps": 1}).model_dump()}]
+    reports, critics = trained(model, teacher, objective=SumObjective.model_validate({"type": "sum", "terms": terms}))
+    assert len(critics) == 4
+    last = reports[-1].metrics
+    assert last["critic_loss_1"] != last["critic_loss_2"] and "critic_loss" not in last
+    assert last["critic_grad_norm_1"] > 0 and last["critic_grad_norm_2"] > 0
+
+
 def test_the_students_own_base_may_be_the_teacher(model, teacher):
     """Its hidden states are there too; while the adapter has learnt nothing no critic finds a difference."""
     samples = [ScoredRollout(rollout=sample.rollout, signal=None) for sample in batch(teacher)]
