@@ -111,7 +111,7 @@ def mistakes(root):
         (["trainer.zero_stage=4"], "trainer.zero_stage", "less than or equal to 3"),
         (["trainer.num_ranks=9"], "trainer.batch_size", "at least one"),
         (["sync={every_steps: 4, max_staleness: 2}"], "sync.every_steps", "at most 3"),
-        (["teacher.backend=vllm"], "teacher.backend", "not built yet"),
+        (["teacher.backend=vllm", "teacher.signal=full_logits"], "teacher.signal", "Use top_k, or the backend hf"),
         (["teacher={backend: student_base}"], "teacher.backend", "add `student.lora"),
         (["student.lora.targets=[q_proj, wq]"], "student.lora.targets", "Use some of: down_proj"),
         (["student.lora.targets=[lm_head]"], "student.lora.targets", "no linear layer below the head"),
