@@ -187,8 +187,7 @@ class Learner:
 
     def negative_log_likelihood(self, rollouts: Sequence[Rollout]) -> tuple[float, int]:
         """Sum over all response tokens in the loss, in nats, and their number."""
-        groups = [[rollout.id for rollout in rollouts]]
-        parts = self._parts(rollouts, groups, [None], None, _ONLY_ADDED)
+        parts = self._parts(rollouts, [[rollout.id for rollout in rollouts]], [None], None, _ONLY_ADDED)
         calls = [rank.negative_log_likelihood.remote(part) for rank, part in zip(self._ranks, parts, strict=True)]
         return self._get(calls)[0]
 
