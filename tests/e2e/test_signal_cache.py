@@ -91,3 +91,15 @@ def test_each_of_several_teachers_has_a_cache(train, changes, models, tmp_path):
     mixed = changes | {"teachers": [teacher | {"weight": 1} for teacher in teachers]}
     metrics, _, _ = train("mixed", mixed)
     assert hits(metrics) == [0.5, 0.5, 1.0, 1.0]  # a has stored its own half, and is now asked of all
+
+
+@pytest.mark.slow
+def test_a_teacher_on_vllm_keeps_its_signals_too(train, changes):
+    changes |= {"teacher.backend": "vllm", "teacher.signal": "top_k", "teacher.kv_cache_gib": 0.1}
+    first, _, _ = train("first", changes)
+    assert hits(first) == [0.0, 0.0, 1.0, 1.0]
+    second, _, _ = train("second", changes)
+    assert hits(second) == [1.0] * 4 and losses(second) == losses(first)
+    del changes["teacher.kv_cache_gib"]
+    on_hf, _, _ = train("on-hf", changes | {"teacher.backend": "hf"})
+    assert hits(on_hf) == [1.0] * 4 and losses(on_hf) == losses(first)
