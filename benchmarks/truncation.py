@@ -4,7 +4,8 @@ The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 
 on by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
 weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
 same data); maximum likelihood for as many steps as that distillation's FLOPs pay for; and the same shape from random
-weights with the teacher's whole training. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
+weights with the teacher's whole training; and, of the truncated student that was trained on, as many steps again,
+without the teacher or on-policy against it. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
 command goes on where it stopped.
 """
 
@@ -35,10 +36,12 @@ PAGE = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 LAYERS = 3
 STEPS = 120
 BATCH = 32
-RATE = 2.5e-3
+RATE, CHAIN_RATE = 2.5e-3, 1e-3
 SEEDS = (0, 1, 2)
 STRATEGIES = ("first_k", "both_ends", "uniform", "last_k")
-METHODS = ("first_k", "random", "both_ends", "uniform", "last_k", "kd", "equal_flops", "scratch")
+CHAIN = ("then_sft", "then_gkd")
+"""Methods that go on from the student of `first_k`."""
+METHODS = ("first_k", "random", "both_ends", "uniform", "last_k", "kd", "equal_flops", *CHAIN, "scratch")
 RECORDS = 12_000
 """Of the teacher's data, in its order: what students train on; the one with the whole budget has all of it."""
 TESTED = 500
@@ -105,12 +108,29 @@ def run(method: str, seed: int, console: Console) -> Run:
         train_s=sum(line["time/step_s"] for line in lines),
         flop_ratio=ratio,
     )
-    shutil.rmtree(export.parent)  # what is kept of a run is its line
+    _put_away(export, method, seed)
     return result
+
+
+def _put_away(export: Path, method: str, seed: int) -> None:
+    """What is kept of a run is its line, and of `first_k` the student that others go on from."""
+    if method == STRATEGIES[0] and not _continued(seed).exists():
+        shutil.move(export, _continued(seed))
+    shutil.rmtree(export.parent)
+
+
+def _continued(seed: int) -> Path:
+    return FOLDER / "truncation" / f"continued-{seed}"
 
 
 def _first_student(method: str, teacher: Path, seed: int, console: Console) -> Path:
     """What a method begins with; made once."""
+    if method in CHAIN:
+        if not _continued(seed).exists():
+            first = _first_student(STRATEGIES[0], teacher, seed, console)
+            config = _config(STRATEGIES[0], first, teacher, seed, ratio=1.0)
+            _put_away(run_training(parse_config(config), console), STRATEGIES[0], seed)
+        return _continued(seed)
     is_random = method in ("random", "scratch")
     strategy = method if method in STRATEGIES else STRATEGIES[0]
     folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else strategy)
@@ -146,7 +166,7 @@ def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) ->
         "trainer": {
             "max_steps": steps,
             "batch_size": TEACHER_BATCH if whole_budget else BATCH,
-            "learning_rate": RATE,
+            "learning_rate": CHAIN_RATE if method in CHAIN else RATE,
             "lr_schedule": "cosine",
             "warmup_steps": 50 if whole_budget else 10,
             "checkpoint_every": 0,
@@ -156,6 +176,11 @@ def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) ->
         forward_kl = {"type": "distill", "divergence": {"type": "forward_kl"}}
         terms = [{"weight": 0.5, "objective": {"type": "sft"}}, {"weight": 0.5, "objective": forward_kl}]
         config |= {"teacher": {"model": str(teacher)}, "objective": {"type": "sum", "terms": terms}}
+    if method == "then_gkd":
+        jsd = {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}}
+        config |= {"teacher": {"model": str(teacher)}, "objective": jsd}
+        config |= {"rollout": {"max_new_tokens": 32, "kv_cache_gib": 0.25}}
+        config["data"]["on_policy_fraction"] = 1.0
     return config
 
 

@@ -13,6 +13,8 @@ TITLES = {
     "random": "random weights",
     "kd": "first 3, vanilla KD",
     "equal_flops": "first 3, the FLOPs of KD",
+    "then_sft": "the first row's, as many steps again",
+    "then_gkd": "the first row's, then on-policy GKD",
     "scratch": "random weights, the teacher's whole budget",
 }
 """Method -> its name in the table, in the table's order."""
@@ -55,8 +57,8 @@ class Run:
 
     @property
     def flops(self) -> float:
-        """Of the run, in units of one sample's maximum likelihood."""
-        return self.steps * self.batch * (self.flop_ratio if self.method == "kd" else 1.0)
+        """Of the run's own steps without generation, in units of one sample's maximum likelihood."""
+        return self.steps * self.batch * (self.flop_ratio if self.method in ("kd", "then_gkd") else 1.0)
 
 
 def write_tables(runs: Sequence[Run], page: Path) -> None:
@@ -133,6 +135,11 @@ def _relations(runs: Sequence[Run]) -> list[str]:
     for other in ("both_ends", "uniform", "last_k"):
         if pairs("first_k", other):
             found.append(f"- The first layers against {TITLES[other]}: {differences('first_k', other)} nats.")
+    if chained := pairs("then_gkd", "then_sft"):
+        matches = ", ".join(f"{a.exact_match - b.exact_match:+.3f}" for a, b in chained)
+        found.append(
+            f"- On-policy GKD of the truncated student against training on without a teacher: {matches} in exact match."
+        )
     if pairs("scratch", "equal_flops"):
         found.append(
             f"- From scratch with the whole budget against the longer truncated run: "

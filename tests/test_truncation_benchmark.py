@@ -53,7 +53,8 @@ def test_every_method_has_a_title_and_a_config_that_stands(tmp_path, monkeypatch
     steps = {}
     for method in METHODS:
         config = parse_config(_config(method, tmp_path, tmp_path, 1, 1.6))
-        assert not config.needs_engine and config.needs_teacher == (method == "kd")
+        assert config.needs_engine == (method == "then_gkd")
+        assert config.needs_teacher == (method in ("kd", "then_gkd"))
         steps[method] = config.trainer.max_steps * config.trainer.batch_size
     assert steps["equal_flops"] == pytest.approx(1.6 * steps["kd"], rel=0.01)
     assert {steps[method] for method in (*STRATEGIES, "random", "kd")} == {120 * 32} and steps["scratch"] == 1050 * 48

@@ -23,9 +23,9 @@ class Comparison:
     metric: str = "exact_match"
     """What is compared, a key of what `measure` returns."""
     expected: Literal["below", "above"] | None = None
-    """Which side of 0 the method's specification has the difference on; None where it leaves that open."""
+    """Which side of 0 the method's specification has the difference on; None where it is only reported."""
     claim: str = ""
-    """What is then so."""
+    """What is then so, or what it says."""
 
 
 ACCURACY = (
@@ -49,6 +49,7 @@ _SEEKING = "the student spreads less"
 _TRADED = "less weight on the teacher: more reward"
 _PAID = "less weight on the teacher: farther from it"
 _LEARNT = "the distance is below that of the warm start"
+_CLOSE = "both sides at once: how far from the better of each"
 _OWN_SIDE = "the lower distance on the side that was trained on"
 
 RELATIONS = (
@@ -71,6 +72,8 @@ RELATIONS = (
     Comparison(first="amm_both", second=WARM, metric="d_off", expected="below", claim=_LEARNT),
     Comparison(first="amm_on", second="amm_off", metric="d_on", expected="below", claim=_OWN_SIDE),
     Comparison(first="amm_off", second="amm_on", metric="d_off", expected="below", claim=_OWN_SIDE),
+    Comparison(first="amm_both", second="amm_on", metric="d_on", claim=_CLOSE),
+    Comparison(first="amm_both", second="amm_off", metric="d_off", claim=_CLOSE),
     Comparison(
         first="amm_both",
         second="kd",
@@ -112,7 +115,7 @@ class Difference:
 
 
 def differences(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Difference]:
-    """Of every comparison that has students, at equal steps, over all teachers of a setting."""
+    """Of every comparison that has students, at equal steps. A student of several teachers counts once, by its mean."""
     found = []
     for setting in ("clean", "noisy"):
         for comparison in comparisons:
@@ -121,9 +124,11 @@ def differences(results: Sequence[Result], comparisons: Sequence[Comparison]) ->
                 second = _by_start(results, setting, comparison.first, comparison.metric, warm=True)
             else:
                 second = _by_start(results, setting, comparison.second, comparison.metric)
-            both = sorted(first.keys() & second.keys())
-            if both:
-                found.append(_difference(setting, comparison, [first[start] - second[start] for start in both]))
+            of_student: dict[str, list[float]] = {}
+            for warm, teacher in sorted(first.keys() & second.keys()):
+                of_student.setdefault(warm, []).append(first[warm, teacher] - second[warm, teacher])
+            if of_student:
+                found.append(_difference(setting, comparison, [statistics.fmean(own) for own in of_student.values()]))
     return found
 
 

@@ -36,7 +36,8 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
     Returns:
         `exact_match` of greedy answers, `sampled_exact_match` of sampled ones; in nats per token `forward_kl`,
         `reverse_kl`, `total_variation` and `entropy` on its own sampled answers, and `dataset_...` on the right
-        completions; `reverse_kl_by_position`; `d_on` and `d_off`, the moment-matching distances.
+        completions; `reverse_kl_by_position`; `d_on` and `d_off`, the moment-matching
+        distances, and whether their critics settled.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = load(folder)
@@ -60,7 +61,7 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
         "sampled_exact_match": _share_right(tokenizer, sampled_BT, problems[:_PROBES]),
         **{name: value for name, value in own.items() if name != "by_position"},
         **{f"dataset_{name}": value for name, value in dataset.items() if name != "by_position"},
-        **{name: value for name, value in moments.items() if name.startswith("d_")},
+        **moments,
         "reverse_kl_by_position": own["by_position"],
     }
 

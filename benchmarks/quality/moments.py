@@ -33,7 +33,7 @@ def distances(
         on_policy_B: which answers the student wrote itself.
 
     Returns:
-        `d_off` and `d_on`, in units of the critics' bound, and `tv_off` and `tv_on`.
+        `d_off` and `d_on`, in units of the critics' bound; `critics_settled`, 1 where they had learnt what they could.
     """
     states_BS = mask_BS.roll(-1, 1)  # what predicts each token of an answer is the one before it
     own, other = (_logits(model, ids_BS, states_BS) for model in (student, teacher))
@@ -47,4 +47,5 @@ def distances(
         on_policy_N=on_policy_B,
         student_hidden_TH=own.hidden_TH,
     )
-    return fresh_distance([inputs], CriticSettings(), trunk="own").distances
+    found = fresh_distance([inputs], CriticSettings(), trunk="own")
+    return {name: found.distances[name] for name in ("d_off", "d_on")} | {"critics_settled": float(found.settled)}

@@ -18,7 +18,7 @@ SEEDS = tuple(range(8))
 FEW_SEEDS = SEEDS[:3]
 TUNING_SEEDS = (100, 101)
 TEACHERS = (0, 1)
-TIMED = ("sft", "kd")
+TIMED = ("sft", "kd", "seq_kd")
 """Methods that also get as many steps as fit the time of on-policy distillation."""
 _REFERENCE = "gkd_jsd_0.5"
 

@@ -47,6 +47,8 @@ _COLUMNS = {
     "dataset_forward_kl": "forward KL, right answers",
     "total_variation": "TV, own samples",
     "entropy": "entropy, own samples",
+    "d_on": "d_on",
+    "d_off": "d_off",
 }
 
 
@@ -68,6 +70,8 @@ def write(results: Sequence[Result], folder: Path) -> None:
 
 def _tables(numbers: dict[str, Any]) -> str:
     lines = [f"{numbers['runs']} runs are in `benchmarks/results/quality.jsonl`.", ""]
+    if any((row["setting"], row["teacher"]) == ("clean", 0) for row in numbers["methods"]):
+        lines += ["![Exact match, reverse KL by position, curves over tokens, distances over steps](results.png)", ""]
     groups = sorted({(row["setting"], row["teacher"]) for row in numbers["methods"]})
     for setting, teacher in groups:
         rows = [row for row in numbers["methods"] if (row["setting"], row["teacher"]) == (setting, teacher)]
@@ -111,6 +115,8 @@ def _title(method: str) -> str:
 
 def _verdict(pair: dict[str, Any]) -> str:
     """Whether the expected sign came out: in every student, in their mean alone, or not."""
+    if pair["expected"] is None:
+        return "-"
     agree = pair["positive"] if pair["expected"] == "above" else pair["students"] - pair["positive"]
     if agree == pair["students"]:
         return "yes, in every student"
