@@ -5,6 +5,8 @@ from pathlib import Path
 os.environ["PYTHONPATH"] = str(Path(__file__).parent / "support")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
+# By default Ray's workers yield to everything else, and on a busy host those of a test would not be up in time.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 
