@@ -78,6 +78,8 @@ class Facts:
     """The records whose prompts the rollout engines answer: training and held-out ones, as the run has them."""
     max_model_len: int
     """Longest of those prompts with its longest response; 0 where no engine runs."""
+    max_writer_len: int
+    """The same of the prompts that the teacher answers, as it reads them; 0 where it writes nothing."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
     caches: tuple[CacheSettings | None, ...]
@@ -116,9 +118,10 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
-    written = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
+    by_student = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
+    by_teacher = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.teacher_writes]
     asked = held_out.records if held_out and config.asks_held_out else ()
-    answered = (*(record for data in written for record in data.records), *asked)
+    answered = (*(record for data in by_student for record in data.records), *asked)
     response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     read = [*(stage.data for stage in stages), *([held_out] if held_out else ())]
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
@@ -155,6 +158,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
         max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
+        max_writer_len=max((data.longest_scored_prompt + response_room for data in by_teacher), default=0),
         sizes=sizes,
         caches=caches,
         record_logprobs=any(in_each_stage(config, records_logprobs)),
@@ -216,7 +220,8 @@ def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts
         found.append("neither model has a stop token: every response will be cut at rollout.max_new_tokens")
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
-    ends = "what the teacher writes ends at either" if config.teacher_writes else "rollouts end at the student's"
+    rollouts = ["rollouts end at the student's"] if config.needs_rollouts or not config.teacher_writes else []
+    ends = " and ".join([*rollouts, *(["what the teacher writes ends at either"] if config.teacher_writes else [])])
     for name, teacher in zip(teacher_workers(config), teachers, strict=False):
         if teacher.stop_ids != student.stop_ids:
             found.append(

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from gkd.interfaces import ScoredGroup
 from gkd.rewards import RewardError
 from gkd.scoring import GroupLimits
+from gkd.stages import ByStep
 from gkd.types import Completion, Rollout
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
+from rollout.stages import StagedRollouts
 from rollout.tokenized import TokenizedRecord
 
 
@@ -81,6 +83,11 @@ class FakeTeachers:
         threading.Timer(0.0005, lambda: self.post(lambda: self.deliver(key, scored))).start()
 
 
+def always(writers):
+    """The same in all steps."""
+    return StagedRollouts(ByStep([(1, writers)]), first_step=1)
+
+
 def mixer(fraction):
     prompts = [(2,) * (1 + i % 4) for i in range(23)]
     records = [TokenizedRecord(i, p, Completion(prompt_ids=p, response_ids=(5, 1))) for i, p in enumerate(prompts)]
@@ -100,7 +107,7 @@ def run(fraction, max_staleness, seed, steps=12, every_steps=1):
     rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
     pipeline = Pipeline(
         mixer(fraction),
-        rollouts,
+        always(rollouts),
         teachers,
         NoRewards(),
         first_step=1,
@@ -154,7 +161,7 @@ def test_generation_runs_ahead_by_the_bound_and_no_further():
     """With a trainer that never finishes a step, exactly the steps within the window are generated."""
     rollouts, teachers = FakeRollouts(0), FakeTeachers()
     pipeline = Pipeline(
-        mixer(1.0), rollouts, teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
+        mixer(1.0), always(rollouts), teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
     )
     with pipeline:
         pipeline.release(0)
@@ -174,7 +181,7 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
 
     pipeline = Pipeline(
         mixer(1.0),
-        Silent(0),
+        always(Silent(0)),
         NoTeacher(),
         NoRewards(),
         first_step=1,
@@ -190,7 +197,14 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
 
 def test_an_error_outside_reaches_whoever_waits():
     pipeline = Pipeline(
-        mixer(1.0), FakeRollouts(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=9
+        mixer(1.0),
+        always(FakeRollouts(0)),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=3,
+        max_staleness=0,
+        timeout_s=9,
     )
     with pipeline, pytest.raises(OSError, match="the push failed"):
         pipeline.fail(OSError("the push failed"))
@@ -212,7 +226,7 @@ def test_a_dead_worker_ends_the_run_with_its_own_error():
             self.post(fail)
 
     pipeline = Pipeline(
-        mixer(1.0), Dying(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
+        mixer(1.0), always(Dying(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
     )
     with pipeline, pytest.raises(RuntimeError, match="the engine died"):
         pipeline.release(0)
@@ -225,7 +239,14 @@ def test_silence_has_a_deadline():
             pass
 
     pipeline = Pipeline(
-        mixer(1.0), Silent(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2
+        mixer(1.0),
+        always(Silent(0)),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=3,
+        max_staleness=0,
+        timeout_s=0.2,
     )
     with pipeline, pytest.raises(TimeoutError, match=r"rollout\.timeout_s"):
         pipeline.release(0)
@@ -234,7 +255,14 @@ def test_silence_has_a_deadline():
 
 def test_without_engine_and_teacher_the_dataset_passes_through():
     pipeline = Pipeline(
-        mixer(0.0), NoRollouts(), NoTeacher(), NoRewards(), first_step=1, last_step=2, max_staleness=0, timeout_s=5
+        mixer(0.0),
+        always(NoRollouts()),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=2,
+        max_staleness=0,
+        timeout_s=5,
     )
     with pipeline:
         pipeline.release(0)
@@ -249,7 +277,7 @@ def test_an_engine_that_answers_but_finishes_nothing_has_a_deadline_too():
             threading.Timer(0.01, lambda: self.post(lambda: self.submit(prompts))).start()
 
     pipeline = Pipeline(
-        mixer(1.0), Busy(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
+        mixer(1.0), always(Busy(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
     )
     with pipeline, pytest.raises(TimeoutError, match="no rollout"):
         pipeline.release(0)
@@ -275,7 +303,7 @@ def batches(rewards, *, teachers=None, steps=4, timeout_s=20.0):
     rollouts = FakeRollouts(0)
     pipeline = Pipeline(
         mixer(0.5),
-        rollouts,
+        always(rollouts),
         teachers or FakeTeachers(),
         rewards,
         first_step=1,
