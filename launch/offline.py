@@ -139,10 +139,10 @@ def _check_data(
     if records is None:  # prompts are taken to be as long as they may be, or else as responses
         longest = config.data.max_prompt_tokens or config.rollout.max_new_tokens
         return _StageData(longest, longest, max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0))
-    teachers = teachers if config.uses_teacher else ()
-    data = tokenize_training(config, records, student, teachers)
+    asked = teachers if config.uses_teacher else ()
+    data = tokenize_training(config, records, student, asked)
     check_ids(config, data, student, teachers, num_tokens, section="train")
-    notes = data_warnings(config, student, teachers, data, records)
+    notes = data_warnings(config, student, asked, data, records)
     room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     return _StageData(
         longest_prompt=data.longest_prompt,

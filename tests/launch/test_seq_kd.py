@@ -12,6 +12,7 @@ from gkd.config import parse_config
 from gkd.errors import UserError
 from launch.check import run_check
 from launch.memory import estimate
+from launch.offline import _check_the_rest
 from launch.placement import needed_places
 from launch.preflight import check
 from launch.run_folder import _refuse_changes, run_state
@@ -77,16 +78,19 @@ def chain(setup, *, texts=None, **changes):
 
 
 def test_in_a_chain_all_engines_have_places_and_room_for_what_is_theirs(setup, tmp_path):
-    """The data of a stage that nobody writes in do not make their context longer."""
+    """The texts of a stage that nobody writes in do not make their context longer, and may exceed the teacher's."""
+    short = save_model(setup[0] / "short", "qwen2", context=40)
     lines = [json.dumps({"prompt": "ab" * n, "completion": "ab"}) + "\n" for n in (1, 30)]
     (tmp_path / "long.jsonl").write_text("".join(lines))
-    tree = chain(setup, texts=str(tmp_path / "long.jsonl"), teacher={"num_actors": 2, "kv_cache_gib": 0.5})
+    tree = chain(
+        setup, texts=str(tmp_path / "long.jsonl"), teacher={"model": short, "num_actors": 2, "kv_cache_gib": 0.5}
+    )
     tree["stages"][2]["data"] = {"max_prompt_tokens": 2}
     config = parse_config(tree)
     places = [place.worker for place in needed_places(config)]
     assert places == ["trainer", "rollout", *["teacher"] * 2, *["teacher_rollout"] * 2]
     facts = check(config)
-    assert facts.sizes.longest_prompt == 60
+    assert facts.sizes.longest_prompt == 60 and _check_the_rest(config, ())[0] == facts.sizes
     prompts = [stage.data.longest_prompt for stage in facts.stages]
     assert prompts[0] > prompts[2]
     assert writer_settings(config, facts, on_gpu=False).max_model_len == prompts[0] + 16
