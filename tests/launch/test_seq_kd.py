@@ -100,6 +100,17 @@ def test_in_a_chain_all_engines_have_places_and_room_for_what_is_theirs(setup, t
     assert needs["teacher_rollout"].parts["key-value cache"] == 2**29 and needs["teacher_rollout"].num == 2
 
 
+def test_a_teacher_answers_no_plain_text(setup, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "abcdefgh"}\n' * 4)
+    data = {"train": {"path": str(tmp_path / "text.jsonl")}}
+    with pytest.raises(UserError, match=r"^objective\.type = 'seq_kd'.*is plain text"):
+        check(parse_config(tree_of(setup, data=data)))
+    tree = chain(setup)
+    tree["stages"][0] |= {"data": data, "objective": tree["objective"]}
+    with pytest.raises(UserError, match=r"^stages\.0\.objective\.type = 'seq_kd'.*is plain text"):
+        check(parse_config(tree))
+
+
 def test_a_chain_says_whose_text_ends_where(setup):
     ends = save_model(setup[0] / "other-end", "qwen2")
     generation = json.loads((Path(ends) / "generation_config.json").read_text()) | {"eos_token_id": 5}
