@@ -100,6 +100,14 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         longest_prompt=max(data.longest_prompt for data in found),
         longest_scored_prompt=max(data.longest_scored_prompt for data in found),
         longest_response=max(data.longest_response for data in found),
+        longest_written=max(
+            (
+                data.longest_scored_prompt + config.rollout.max_new_tokens
+                for data, part in zip(found, config.parts, strict=True)
+                if part.teacher_writes
+            ),
+            default=0,
+        ),
     )
     return sizes, [*notes, *notes_of_each(config, lambda _, data: data.notes, found)]
 

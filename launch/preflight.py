@@ -78,8 +78,6 @@ class Facts:
     """The records whose prompts the rollout engines answer: training and held-out ones, as the run has them."""
     max_model_len: int
     """Longest of those prompts with its longest response; 0 where no engine runs."""
-    max_writer_len: int
-    """The same of the prompts that the teacher answers, as it reads them; 0 where it writes nothing."""
     sizes: Sizes
     """What the memory of the workers is estimated from."""
     caches: tuple[CacheSettings | None, ...]
@@ -135,6 +133,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         longest_prompt=max(data.longest_prompt for data in read),
         longest_scored_prompt=max(data.longest_scored_prompt for data in read),
         longest_response=max(response_room, *(data.longest_completion for data in read)),
+        longest_written=max((data.longest_scored_prompt + response_room for data in by_teacher), default=0),
     )
     warnings = [
         *notes,
@@ -158,7 +157,6 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
         max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
-        max_writer_len=max((data.longest_scored_prompt + response_room for data in by_teacher), default=0),
         sizes=sizes,
         caches=caches,
         record_logprobs=any(in_each_stage(config, records_logprobs)),

@@ -98,6 +98,9 @@ def test_in_a_chain_all_engines_have_places_and_room_for_what_is_theirs(setup, t
     needs = {need.worker: need for need in estimate(config, facts.sizes, on_gpu=False)}
     assert sorted(needs) == ["object store", "rollout", "teacher", "teacher_rollout", "trainer"]
     assert needs["teacher_rollout"].parts["key-value cache"] == 2**29 and needs["teacher_rollout"].num == 2
+    [on_gpu] = [need for need in estimate(config, facts.sizes, on_gpu=True) if need.worker == "teacher_rollout"]
+    in_flight = 4 * (prompts[0] + 16)  # a batch of 8 for two engines
+    assert on_gpu.parts["key-value cache"] == in_flight * facts.sizes.teachers[0].cache_numbers_per_token * 4
 
 
 def test_a_teacher_answers_no_plain_text(setup, tmp_path):
