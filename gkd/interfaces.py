@@ -80,7 +80,7 @@ class ScoredBatch:
     teacher_s: float
     """Working time of the teacher on these groups."""
     rollout_wait_s: float
-    """How long the rollout engines had nothing to do since the batch before, on average."""
+    """How long the engines that write in this stage had nothing to do since the batch before, on average."""
     teacher_wait_s: float
     """How long the teachers had nothing to do since the batch before, on average."""
     signal_bytes: int
@@ -114,7 +114,7 @@ Post = Callable[[Callable[[], None]], None]
 
 
 class Rollouts(Protocol):
-    """The engines that write responses, as the pipeline sees them."""
+    """Engines that write responses, as the pipeline sees them: the student's, or the teacher's."""
 
     def connect(self, post: Post, deliver: Callable[[Rollout], None]) -> None:
         """Say where finished rollouts go: `deliver` is called through `post`, once for each."""

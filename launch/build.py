@@ -25,7 +25,7 @@ from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
 from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
-from rollout.stages import StagedMixer, StagedTeachers
+from rollout.stages import StagedMixer, StagedRollouts, StagedTeachers
 from rollout.teacher_router import Pool
 from rollout.teacher_text import TeacherText
 from rollout.tokenized import TokenizedData
@@ -101,7 +101,7 @@ def build_parts(
     return Parts(
         pipeline=Pipeline(
             StagedMixer(by_step(config, _mixers(config, facts))),
-            _responses(config, rollout_pool, writers),
+            _writers(config, rollout_pool, writers, first_step=start.completed_steps + 1),
             _asked(config, scores),
             rewards,
             first_step=start.completed_steps + 1,
@@ -130,12 +130,15 @@ def _asked(config: Config, scores: Pool | None) -> StagedTeachers:
     return StagedTeachers(by_step(config, [asked if part.needs_teacher else none for part in config.parts]))
 
 
-def _responses(config: Config, students: RolloutPool, writers: Sequence[Any]) -> Rollouts:
-    """Who writes the samples that are not the dataset's."""
+def _writers(config: Config, students: Rollouts, engines: Sequence[Any], *, first_step: int) -> StagedRollouts:
+    """Who writes the samples of each stage that are not the dataset's; `engines` are the teacher's."""
+    nobody: Rollouts = NoRollouts()
+    teacher = nobody
     if config.teacher_writes:
-        [teacher], timeout_s = config.all_teachers, config.rollout.timeout_s
-        return TeacherText(RolloutPool(writers, max_concurrent=teacher.max_concurrent, timeout_s=timeout_s))
-    return students if config.needs_rollouts else NoRollouts()
+        [own], timeout_s = config.all_teachers, config.rollout.timeout_s
+        teacher = TeacherText(RolloutPool(engines, max_concurrent=own.max_concurrent, timeout_s=timeout_s))
+    of_each = [teacher if part.teacher_writes else students if part.needs_rollouts else nobody for part in config.parts]
+    return StagedRollouts(by_step(config, of_each), first_step=first_step)
 
 
 def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoRewards:

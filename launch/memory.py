@@ -49,6 +49,8 @@ class Sizes:
     """Of the prompts that teachers read, in tokens."""
     longest_response: int
     """In tokens, sampled or from the data."""
+    longest_written: int
+    """What the teacher writes with the prompt that it answers, in tokens; 0 where it writes nothing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -200,7 +202,7 @@ def _rollout(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
 
 def _writer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     """The same of a teacher that writes."""
-    [teacher], longest = config.all_teachers, sizes.longest_scored_prompt + sizes.longest_response
+    [teacher], longest = config.all_teachers, sizes.longest_written
     return _engine(config, teacher, sizes.teachers[0], dtype=teacher.dtype, longest=longest, on_gpu=on_gpu)
 
 

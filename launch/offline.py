@@ -100,6 +100,14 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         longest_prompt=max(data.longest_prompt for data in found),
         longest_scored_prompt=max(data.longest_scored_prompt for data in found),
         longest_response=max(data.longest_response for data in found),
+        longest_written=max(
+            (
+                data.longest_scored_prompt + config.rollout.max_new_tokens
+                for data, part in zip(found, config.parts, strict=True)
+                if part.teacher_writes
+            ),
+            default=0,
+        ),
     )
     return sizes, [*notes, *notes_of_each(config, lambda _, data: data.notes, found)]
 
@@ -139,9 +147,10 @@ def _check_data(
     if records is None:  # prompts are taken to be as long as they may be, or else as responses
         longest = config.data.max_prompt_tokens or config.rollout.max_new_tokens
         return _StageData(longest, longest, max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0))
-    data = tokenize_training(config, records, student, teachers)
+    asked = teachers if config.uses_teacher else ()
+    data = tokenize_training(config, records, student, asked)
     check_ids(config, data, student, teachers, num_tokens, section="train")
-    notes = data_warnings(config, student, teachers, data, records)
+    notes = data_warnings(config, student, asked, data, records)
     room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     return _StageData(
         longest_prompt=data.longest_prompt,

@@ -116,9 +116,10 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     if config.eval.every_steps:
         held_out = tokenize_held_out(config, eval_records, student, teachers)
         check_ids(config, held_out, student, teachers, num_tokens, section="eval")
-    written = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
+    by_student = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
+    by_teacher = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.teacher_writes]
     asked = held_out.records if held_out and config.asks_held_out else ()
-    answered = (*(record for data in written for record in data.records), *asked)
+    answered = (*(record for data in by_student for record in data.records), *asked)
     response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
     read = [*(stage.data for stage in stages), *([held_out] if held_out else ())]
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
@@ -132,6 +133,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         longest_prompt=max(data.longest_prompt for data in read),
         longest_scored_prompt=max(data.longest_scored_prompt for data in read),
         longest_response=max(response_room, *(data.longest_completion for data in read)),
+        longest_written=max((data.longest_scored_prompt + response_room for data in by_teacher), default=0),
     )
     warnings = [
         *notes,
@@ -216,7 +218,8 @@ def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts
         found.append("neither model has a stop token: every response will be cut at rollout.max_new_tokens")
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
-    ends = "what the teacher writes ends at either" if config.teacher_writes else "rollouts end at the student's"
+    rollouts = ["rollouts end at the student's"] if config.needs_rollouts or not config.teacher_writes else []
+    ends = " and ".join([*rollouts, *(["what the teacher writes ends at either"] if config.teacher_writes else [])])
     for name, teacher in zip(teacher_workers(config), teachers, strict=False):
         if teacher.stop_ids != student.stop_ids:
             found.append(

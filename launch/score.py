@@ -15,7 +15,7 @@ from gkd.types import Rollout
 from launch.placement import fit_places, needed_places
 from launch.preflight import check
 from launch.ray_session import Workers, ray_session, resources
-from launch.signal_cache import not_stored, scored_texts
+from launch.signal_cache import not_stored, scored_texts, scores_given_text
 from launch.teachers import all_scores, scoring_limits, start_teachers
 from rollout.teacher_router import Pool
 
@@ -57,11 +57,11 @@ def _check_purpose(config: Config) -> None:
         raise UserError(
             "objective.type", config.objective.type, "asks no teacher with workers of its own.", "Name such a teacher."
         )
-    if not config.needs_completions:
+    if not scores_given_text(config):
         raise UserError(
             "data.on_policy_fraction",
             config.data.on_policy_fraction,
-            "leaves nothing to score: the student writes every sample.",
+            "leaves nothing to score: every sample is written while the run goes on.",
             "Lower it.",
         )
     for field, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):

@@ -141,9 +141,17 @@ def given_texts(data: TokenizedData) -> list[Rollout]:
 
 def scored_texts(config: Config, stages: Sequence[TokenizedData]) -> list[Rollout]:
     """What a teacher scores of each stage's data."""
-    pairs = zip(stages, config.parts, strict=True)
-    scored = [data for data, part in pairs if part.needs_teacher and part.needs_completions]
+    scored = [data for data, part in zip(stages, config.parts, strict=True) if _scores_given_text(part)]
     return [text for data in scored for text in given_texts(data)]
+
+
+def scores_given_text(config: Config) -> bool:
+    """Whether a teacher scores text of the dataset's in any stage, which comes again."""
+    return any(_scores_given_text(part) for part in config.parts)
+
+
+def _scores_given_text(part: Config) -> bool:
+    return part.needs_teacher and part.needs_completions
 
 
 def not_stored(caches: Sequence[CacheSettings | None], texts: Sequence[Rollout]) -> list[Rollout]:
@@ -160,10 +168,10 @@ def not_stored(caches: Sequence[CacheSettings | None], texts: Sequence[Rollout])
 
 def cache_notes(config: Config) -> list[str]:
     """Where a cache is of no use."""
-    if config.needs_completions or not config.needs_teacher:
+    if scores_given_text(config) or not config.needs_teacher:
         return []
     return [
-        f"{field}.cache: the student writes every sample, so that none comes again: nothing is kept"
+        f"{field}.cache: every sample that is scored is written anew, so that none comes again: nothing is kept"
         for field, teacher in zip(config.teacher_fields, config.all_teachers, strict=True)
         if teacher.cache is not None
     ]

@@ -87,7 +87,7 @@ def writer_settings(config: Config, facts: Facts, *, on_gpu: bool) -> GeneratorS
         temperature=teacher.generation_temperature,
         top_p=1.0,
         max_new_tokens=config.rollout.max_new_tokens,
-        max_model_len=facts.sizes.longest_scored_prompt + config.rollout.max_new_tokens,
+        max_model_len=facts.sizes.longest_written,
         max_concurrent=teacher.max_concurrent,
         dtype=teacher.dtype,
         tensor_parallel_size=teacher.tensor_parallel_size,

@@ -57,6 +57,13 @@ def _check_training(config: Config, first: Document) -> None:
             f"needs prompts that the student answers, and {first.origin.place} is plain text.",
             "Set it to 0 to learn from the text itself, or give prompts.",
         )
+    if config.teacher_writes:
+        raise UserError(
+            "objective.type",
+            config.objective.type,
+            f"needs prompts that the teacher answers, and {first.origin.place} is plain text.",
+            "Give prompts, or learn from the text itself with sft, or with distill at data.on_policy_fraction 0.",
+        )
     if config.reward is not None:
         raise UserError(
             "reward.path",

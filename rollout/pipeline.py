@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from gkd.interfaces import GroupKey, Rewards, Rollouts, ScoredBatch, ScoredGroup, Teachers
+from gkd.interfaces import GroupKey, Rewards, ScoredBatch, ScoredGroup, Teachers
 from gkd.types import Rollout, SampleId
 from rollout.mixer import StepPlan
-from rollout.stages import StagedMixer
+from rollout.stages import StagedMixer, StagedRollouts
 
 _STOP_CHECK_S = 0.2
 """How often whoever waits for a batch looks whether the run is to stop."""
@@ -50,7 +50,7 @@ class Pipeline:
     def __init__(
         self,
         mixer: StagedMixer,
-        rollouts: Rollouts,
+        rollouts: StagedRollouts,
         teachers: Teachers,
         rewards: Rewards,
         *,
@@ -158,8 +158,7 @@ class Pipeline:
                 plan, time.perf_counter(), group_of, missing=[len(group) for group in plan.groups]
             )
             self._step_of |= dict.fromkeys(group_of, plan.step)
-            if plan.on_policy:
-                self._rollouts.submit(plan.on_policy)
+            self._rollouts.submit(plan.step, plan.on_policy)
             for rollout in plan.off_policy:
                 self._rollout_finished(rollout)
 

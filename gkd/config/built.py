@@ -10,10 +10,6 @@ def refuse_unbuilt(config: Config) -> None:
     Raises:
         NotBuiltYet: for the first such value.
     """
-    for number, part in enumerate(config.parts):
-        if config.stages and part.teacher_writes:
-            field = f"stages.{number}.objective.type"
-            raise NotBuiltYet(field, part.objective.type, "Run it as a config of its own, before the others.")
     rollout = config.rollout
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),

@@ -9,8 +9,8 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from gkd.config.built import refuse_unbuilt
-from gkd.config.schema import Config, StageError
-from gkd.config.stages import StageConfig, completed, in_stage
+from gkd.config.schema import Config
+from gkd.config.stages import StageConfig, StageError, completed, in_stage
 from gkd.errors import UserError
 
 

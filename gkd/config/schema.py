@@ -16,7 +16,7 @@ from gkd.config.objective import (
     terms_of_type,
 )
 from gkd.config.rollout import RolloutConfig
-from gkd.config.stages import Stages
+from gkd.config.stages import StageError, Stages
 from gkd.config.trainer import SyncConfig, TrainerConfig
 from gkd.importing import absolute_path
 
@@ -77,15 +77,6 @@ class LogConfig(Section):
     """Rollouts written each time."""
 
 
-class StageError(ValueError):
-    """A stage that is no valid config."""
-
-    def __init__(self, number: int, error: ValidationError) -> None:
-        self.number = number
-        self.error = error
-        super().__init__(f"stages.{number}: {error}")
-
-
 _A_STAGE = "stage"
 """Validation context of a config that is one stage of a run: what concerns the whole run is not its own."""
 
@@ -121,6 +112,7 @@ class Config(Section):
             self._check_training()
             self._check_objective()
         if info.context != _A_STAGE:
+            self._check_teachers_are_used()
             self._check_evaluation()
         return self
 
@@ -161,11 +153,6 @@ class Config(Section):
         if self.needs_teacher and not self.all_teachers:
             raise ValueError("teacher: this objective compares with a teacher: add `teacher: {model: ...}`")
         for field, teacher in zip(self.teacher_fields, self.all_teachers, strict=True):
-            for name in teacher.without_use(writes=self.teacher_writes):
-                raise ValueError(
-                    f"{field}.{name} = {getattr(teacher, name)}: has no effect here (it is of the objective seq_kd, "
-                    "or of the backend vllm): remove it"
-                )
             if teacher.backend == "student_base" and self.student.lora is None:
                 raise ValueError(
                     f"{field}.backend = student_base: the teacher is the student with its adapter off, so the student "
@@ -175,6 +162,15 @@ class Config(Section):
                 raise ValueError(
                     f"{field}.backend = student_ema: every rank keeps the average whole, and trainer.zero_stage = 3 "
                     "gives none of them whole weights: set trainer.zero_stage to 2"
+                )
+
+    def _check_teachers_are_used(self) -> None:
+        """As they are set, in some stage: a teacher may write in one and only score in another."""
+        for field, teacher in zip(self.teacher_fields, self.all_teachers, strict=True):
+            for name in teacher.without_use(writes=self.teacher_writes):
+                raise ValueError(
+                    f"{field}.{name} = {getattr(teacher, name)}: has no effect here (it is of the objective seq_kd, "
+                    "or of the backend vllm): remove it"
                 )
 
     def _check_writer(self) -> None:
@@ -318,7 +314,7 @@ class Config(Section):
 
     @property
     def teacher_writes(self) -> bool:
-        """Whether all responses are the teacher's own, written on vLLM while the run goes on."""
+        """Whether all responses are the teacher's own, written on vLLM while the run goes on; with stages, in any."""
         return any(isinstance(part.objective, SeqKdObjective) for part in self.parts)
 
     @property
@@ -344,7 +340,7 @@ class Config(Section):
     @property
     def needs_completions(self) -> bool:
         """Whether every training record must have a completion; with stages, in any of them."""
-        return any(part.on_policy_fraction < 1 for part in self.parts) and not self.teacher_writes
+        return any(part.on_policy_fraction < 1 and not part.teacher_writes for part in self.parts)
 
     @property
     def all_teachers(self) -> list[TeacherConfig]:

@@ -2,7 +2,14 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, SerializerFunctionWrapHandler, field_serializer, model_serializer
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    field_serializer,
+    model_serializer,
+)
 
 from gkd.config.base import Count, Fraction, NonNegativeInt, Positive, Section
 from gkd.config.data import DataSource, Sources, dump_sources
@@ -43,7 +50,7 @@ class StageData(_Overrides):
 
 
 class StageRollout(_Overrides):
-    """Of a stage: how the student writes. All else is set in the engines, which go on from stage to stage."""
+    """Of a stage: how responses are written. All else is set in the engines, which go on from stage to stage."""
 
     samples_per_prompt: Count | None = None
     """Responses to each prompt."""
@@ -103,6 +110,15 @@ def _names_differ(stages: list[StageConfig]) -> list[StageConfig]:
 
 Stages = Annotated[list[StageConfig], AfterValidator(_names_differ)]
 """The stages of a run, in their order."""
+
+
+class StageError(ValueError):
+    """A stage that is no valid config."""
+
+    def __init__(self, number: int, error: ValidationError) -> None:
+        self.number = number
+        self.error = error
+        super().__init__(f"stages.{number}: {error}")
 
 
 def in_stage(error: UserError, number: int, stage: StageConfig) -> UserError:

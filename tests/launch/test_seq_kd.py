@@ -12,6 +12,7 @@ from gkd.config import parse_config
 from gkd.errors import UserError
 from launch.check import run_check
 from launch.memory import estimate
+from launch.offline import _check_the_rest
 from launch.placement import needed_places
 from launch.preflight import check
 from launch.run_folder import _refuse_changes, run_state
@@ -62,6 +63,70 @@ def test_the_engine_serves_the_teacher_as_the_config_says(setup):
     # Where the teacher ends its text, it ends; a mark beyond the tokenizer is none.
     own = replace(facts.teachers[0], stop_ids=frozenset({EOS, 5, 19}))
     assert writer_settings(config, replace(facts, teachers=(own,)), on_gpu=False).stop_ids == (EOS, 5)
+
+
+def chain(setup, *, texts=None, **changes):
+    """The teacher writes, then the student does and the teacher scores; `texts` are learnt in between."""
+    tree = tree_of(setup, **changes)
+    del tree["trainer"]["max_steps"]
+    stages = [
+        {"steps": 2},
+        {"steps": 2, "objective": {"type": "sft"}, "data": {"train": {"path": texts}}},
+        {"steps": 2, "objective": {"type": "distill", "divergence": {"type": "reverse_kl"}}},
+    ]
+    return tree | {"stages": [stage for stage in stages if texts or "data" not in stage]}
+
+
+def test_in_a_chain_all_engines_have_places_and_room_for_what_is_theirs(setup, tmp_path):
+    """The texts of a stage that nobody writes in do not make their context longer, and may exceed the teacher's."""
+    short = save_model(setup[0] / "short", "qwen2", context=40)
+    lines = [json.dumps({"prompt": "ab" * n, "completion": "ab"}) + "\n" for n in (1, 30)]
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    tree = chain(
+        setup, texts=str(tmp_path / "long.jsonl"), teacher={"model": short, "num_actors": 2, "kv_cache_gib": 0.5}
+    )
+    tree["stages"][2]["data"] = {"max_prompt_tokens": 2}
+    config = parse_config(tree)
+    places = [place.worker for place in needed_places(config)]
+    assert places == ["trainer", "rollout", *["teacher"] * 2, *["teacher_rollout"] * 2]
+    facts = check(config)
+    assert facts.sizes.longest_prompt == 60 and _check_the_rest(config, ())[0] == facts.sizes
+    prompts = [stage.data.longest_prompt for stage in facts.stages]
+    assert prompts[0] > prompts[2]
+    assert writer_settings(config, facts, on_gpu=False).max_model_len == prompts[0] + 16
+    assert facts.max_model_len == prompts[2] + 16
+    needs = {need.worker: need for need in estimate(config, facts.sizes, on_gpu=False)}
+    assert sorted(needs) == ["object store", "rollout", "teacher", "teacher_rollout", "trainer"]
+    assert needs["teacher_rollout"].parts["key-value cache"] == 2**29 and needs["teacher_rollout"].num == 2
+    [on_gpu] = [need for need in estimate(config, facts.sizes, on_gpu=True) if need.worker == "teacher_rollout"]
+    in_flight = 4 * (prompts[0] + 16)  # a batch of 8 for two engines
+    assert on_gpu.parts["key-value cache"] == in_flight * facts.sizes.teachers[0].cache_numbers_per_token * 4
+
+
+def test_a_teacher_answers_no_plain_text(setup, tmp_path):
+    (tmp_path / "text.jsonl").write_text('{"text": "abcdefgh"}\n' * 4)
+    data = {"train": {"path": str(tmp_path / "text.jsonl")}}
+    with pytest.raises(UserError, match=r"^objective\.type = 'seq_kd'.*is plain text"):
+        check(parse_config(tree_of(setup, data=data)))
+    tree = chain(setup)
+    tree["stages"][0] |= {"data": data, "objective": tree["objective"]}
+    with pytest.raises(UserError, match=r"^stages\.0\.objective\.type = 'seq_kd'.*is plain text"):
+        check(parse_config(tree))
+
+
+def test_a_chain_says_whose_text_ends_where(setup):
+    ends = save_model(setup[0] / "other-end", "qwen2")
+    generation = json.loads((Path(ends) / "generation_config.json").read_text()) | {"eos_token_id": 5}
+    (Path(ends) / "generation_config.json").write_text(json.dumps(generation))
+    notes = [
+        check(parse_config(tree_of_chain)).warnings
+        for tree_of_chain in (chain(setup, teacher={"model": ends}), tree_of(setup, teacher={"model": ends}))
+    ]
+    found = [note.split("; ")[1] for each in notes for note in each if "stop tokens differ" in note]
+    assert found == [
+        "rollouts end at the student's and what the teacher writes ends at either",
+        "what the teacher writes ends at either",
+    ]
 
 
 def test_the_teachers_prompt_is_what_it_answers(setup, tmp_path):

@@ -124,7 +124,7 @@ def test_the_check_counts_what_is_stored(config):
 
 def test_a_cache_of_which_nothing_comes_is_worth_a_note(config):
     (note,) = [note for note in check(config(data={"on_policy_fraction": 1.0})).warnings if "cache" in note]
-    assert note.startswith("teacher.cache: the student writes every sample")
+    assert note.startswith("teacher.cache: every sample that is scored is written anew")
     assert not any("cache" in note for note in check(config()).warnings)
 
 

@@ -11,17 +11,21 @@ from gkd.config import parse_config
 from gkd.errors import UserError
 from gkd.signals import SignalKind
 from gkd.types import Completion
-from launch.build import _mixers, _sync
+from launch.build import _mixers, _sync, _writers
 from launch.preflight import check
 from launch.run_folder import find_start, run_state
-from launch.signal_cache import scored_texts
+from launch.signal_cache import cache_notes, scored_texts
 from launch.signal_choice import check_signal
 from launch.stages import compared_stage, stage_names
+from rollout.pipeline import NoRollouts
+from rollout.rollout_actor import RolloutPool
+from rollout.teacher_text import TeacherText
 from rollout.tokenized import TokenizedData, TokenizedRecord
 from trainer import checkpoint
 
 KL = {"type": "distill", "divergence": {"type": "reverse_kl"}}
 SFT = {"type": "sft"}
+SEQ_KD = {"type": "seq_kd"}
 
 
 def staged(*stages, folder="run", train="train.jsonl", student="student", teacher="teacher", **changes):
@@ -53,21 +57,21 @@ LEARNER = SimpleNamespace(publish=lambda: iter(()), sent_bytes=lambda: 1, logpro
 
 @settings(max_examples=150, deadline=None)
 @given(
-    stages=st.lists(st.tuples(st.booleans(), st.integers(1, 6)), min_size=1, max_size=5),
+    stages=st.lists(st.tuples(st.sampled_from([KL, SFT, SEQ_KD]), st.integers(1, 6)), min_size=1, max_size=5),
     max_staleness=st.integers(0, 3),
     data=st.data(),
 )
 def test_no_step_waits_in_vain_and_no_sample_is_older_than_the_bound(stages, max_staleness, data):
-    """Any order of stages that write and that do not, any window, any interval of syncs that the config allows."""
+    """Any order of stages that the student writes and that it does not, any window, any allowed interval of syncs."""
     every_steps = data.draw(st.integers(1, max_staleness + 1))
     config = staged(
-        *({"steps": steps, "objective": KL if writes else SFT} for writes, steps in stages),
+        *({"steps": steps, "objective": objective} for objective, steps in stages),
         sync__max_staleness=max_staleness,
         sync__every_steps=every_steps,
     )
     if not config.needs_engine:
         return
-    writes = [writes for writes, steps in stages for _ in range(steps)]
+    writes = [objective is KL for objective, steps in stages for _ in range(steps)]
     engines, dispatched = Engines(), 0
 
     def release(version):
@@ -110,6 +114,24 @@ def test_no_two_samples_of_a_run_are_the_same(weights):
     alone = staged({"steps": 5, "objective": SFT, "trainer": {"batch_size": 6}}, data__train=sources)
     (first,) = _mixers(alone, SimpleNamespace(stages=stages[:1]))
     assert [first.plan(step).samples for step in range(1, 6)] == [plan.samples for plan in plans[:5]]
+
+
+def test_the_writers_of_each_stage():
+    config = staged(
+        {"objective": SEQ_KD, "rollout": {"samples_per_prompt": 2}},
+        {"objective": SFT},
+        {"objective": KL, "data": {"on_policy_fraction": 0.5}},
+        {"objective": SEQ_KD},
+    )
+    students = RolloutPool([], max_concurrent=1, timeout_s=1)
+    writers = _writers(config, students, [], first_step=1)._writers
+    found = [writers.at(step).value for step in (1, 3, 5, 7)]
+    assert [type(each) for each in found] == [TeacherText, NoRollouts, RolloutPool, TeacherText]
+    assert found[0] is found[3] and found[2] is students
+    stages = [SimpleNamespace(data=SimpleNamespace(records=[RECORD] * 9))] * 4
+    plans = [mixer.plan(1) for mixer in _mixers(config, SimpleNamespace(stages=stages))]
+    assert [len(plan.on_policy) for plan in (plans[0], plans[1], plans[3])] == [8, 0, 8]
+    assert {sample.sample_index for sample in plans[0].samples} == {0, 1}
 
 
 def test_one_signal_serves_all_stages():
@@ -192,6 +214,10 @@ def test_a_cache_keeps_what_a_teacher_scores_again():
         for records in ([RECORD] * 2, [RECORD] * 3, [RECORD] * 4)
     ]
     assert len(scored_texts(config, stages)) == 3
+    written = SEQ_KD | {"form": "divergence", "divergence": {"type": "forward_kl"}}
+    config = staged({"objective": SFT}, {"objective": written}, teacher__cache="cache")
+    assert config.needs_completions and not scored_texts(config, stages[:2])
+    assert "nothing is kept" in cache_notes(config)[0]
 
 
 LENGTHS = {"first": {"name": "first", "steps": 4, "objective": SFT}, "second": {"steps": 6, "objective": KL}}

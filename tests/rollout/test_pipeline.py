@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from gkd.interfaces import ScoredGroup
 from gkd.rewards import RewardError
 from gkd.scoring import GroupLimits
+from gkd.stages import ByStep
 from gkd.types import Completion, Rollout
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
+from rollout.stages import StagedMixer, StagedRollouts
+from rollout.teacher_text import TeacherText
 from rollout.tokenized import TokenizedRecord
 
 
@@ -39,6 +42,11 @@ class FakeRollouts:
 
     def idle_s(self):
         return 0.0
+
+    def stop(self):
+        with self.lock:
+            self.stopped = True
+            self.lock.notify()
 
     def run(self):
         while True:
@@ -81,11 +89,16 @@ class FakeTeachers:
         threading.Timer(0.0005, lambda: self.post(lambda: self.deliver(key, scored))).start()
 
 
-def mixer(fraction):
+def always(writers):
+    """The same in all steps."""
+    return StagedRollouts(ByStep([(1, writers)]), first_step=1)
+
+
+def mixer(fraction, first_epoch=0):
     prompts = [(2,) * (1 + i % 4) for i in range(23)]
     records = [TokenizedRecord(i, p, Completion(prompt_ids=p, response_ids=(5, 1))) for i, p in enumerate(prompts)]
     return Mixer(
-        PromptStream(records, seed=0, samples_per_prompt=1),
+        PromptStream(records, seed=0, samples_per_prompt=1, first_epoch=first_epoch),
         seed=0,
         batch_size=6,
         on_policy_fraction=fraction,
@@ -100,7 +113,7 @@ def run(fraction, max_staleness, seed, steps=12, every_steps=1):
     rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
     pipeline = Pipeline(
         mixer(fraction),
-        rollouts,
+        always(rollouts),
         teachers,
         NoRewards(),
         first_step=1,
@@ -117,9 +130,7 @@ def run(fraction, max_staleness, seed, steps=12, every_steps=1):
             if step % every_steps == 0:
                 rollouts.version = step
                 pipeline.release(step)
-    rollouts.stopped = True
-    with rollouts.lock:
-        rollouts.lock.notify()
+    rollouts.stop()
     return batches, teachers
 
 
@@ -154,7 +165,7 @@ def test_generation_runs_ahead_by_the_bound_and_no_further():
     """With a trainer that never finishes a step, exactly the steps within the window are generated."""
     rollouts, teachers = FakeRollouts(0), FakeTeachers()
     pipeline = Pipeline(
-        mixer(1.0), rollouts, teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
+        mixer(1.0), always(rollouts), teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
     )
     with pipeline:
         pipeline.release(0)
@@ -163,6 +174,79 @@ def test_generation_runs_ahead_by_the_bound_and_no_further():
         assert {key[0] for key, _ in teachers.groups} == {1, 2, 3}
         pipeline.release(1)
         assert pipeline.take().step == 4
+
+
+def staged_run(stages, max_staleness, seed):
+    """Batches of a run whose stages have writers of their own, the plans, and the student's engines."""
+    student, teacher, trainer = FakeRollouts(seed), FakeRollouts(seed + 1), random.Random(seed)
+    writers = {"student": student, "teacher": TeacherText(teacher), "dataset": NoRollouts()}
+    plans = StagedMixer(
+        ByStep([(steps, mixer(float(who != "dataset"), 10 * number)) for number, (who, steps) in enumerate(stages)])
+    )
+    num_steps = sum(steps for _, steps in stages)
+    pipeline = Pipeline(
+        plans,
+        StagedRollouts(ByStep([(steps, writers[who]) for who, steps in stages]), first_step=1),
+        FakeTeachers(),
+        NoRewards(),
+        first_step=1,
+        last_step=num_steps,
+        max_staleness=max_staleness,
+        timeout_s=20,
+    )
+    batches = []
+    with pipeline:
+        pipeline.release(0)
+        for step in range(1, num_steps + 1):
+            batches.append(pipeline.take())
+            time.sleep(0.003 * trainer.random())
+            student.version = step
+            pipeline.release(step)
+    for engines in (student, teacher):
+        engines.stop()
+    return batches, plans
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    stages=st.lists(
+        st.tuples(st.sampled_from(["teacher", "student", "dataset"]), st.integers(1, 4)), min_size=1, max_size=4
+    ),
+    max_staleness=st.integers(0, 4),
+    seed=st.integers(0, 2**20),
+)
+def test_every_step_is_written_by_its_own_stage_whatever_the_window(stages, max_staleness, seed):
+    """Over every border, in any order of who writes, while the stage before is still trained on."""
+    batches, plans = staged_run(stages, max_staleness, seed)
+    expected = [(number, who) for number, (who, steps) in enumerate(stages) for _ in range(steps)]
+    assert [batch.step for batch in batches] == list(range(1, len(expected) + 1))
+    for batch, (number, who) in zip(batches, expected, strict=True):
+        assert batch.stage == number and {rollout.source for rollout in batch.rollouts} == {who}
+        assert tuple(rollout.id for rollout in batch.rollouts) == plans.plan(batch.step).samples
+        for rollout in batch.rollouts:
+            if who == "student":
+                assert 0 <= batch.step - 1 - rollout.versions[0] <= max_staleness
+            else:
+                assert rollout.versions is None
+    identities = [rollout.id for batch in batches for rollout in batch.rollouts]
+    assert len(set(identities)) == len(identities)
+
+
+def test_the_student_writes_the_next_stage_while_the_teachers_text_is_still_trained_on():
+    """The trainer never finishes a step: the window holds two steps of the teacher's and one of the student's."""
+    student, teacher, asked = FakeRollouts(0), FakeRollouts(1), FakeTeachers()
+    writers = StagedRollouts(ByStep([(2, TeacherText(teacher)), (4, student)]), first_step=1)
+    mixers = StagedMixer(ByStep([(2, mixer(1.0)), (4, mixer(1.0, first_epoch=10))]))
+    pipeline = Pipeline(mixers, writers, asked, NoRewards(), first_step=1, last_step=6, max_staleness=2, timeout_s=20)
+    with pipeline:
+        pipeline.release(0)
+        found = [pipeline.take() for _ in range(3)]
+        assert [{rollout.source for rollout in batch.rollouts} for batch in found] == [{"teacher"}] * 2 + [{"student"}]
+        time.sleep(0.1)
+        assert {key[0] for key, _ in asked.groups} == {1, 2, 3}
+        student.version = 1
+        pipeline.release(1)
+        assert {rollout.versions for rollout in pipeline.take().rollouts} == {(1, 1)}
 
 
 def test_whoever_waits_for_a_batch_is_told_to_stop():
@@ -174,7 +258,7 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
 
     pipeline = Pipeline(
         mixer(1.0),
-        Silent(0),
+        always(Silent(0)),
         NoTeacher(),
         NoRewards(),
         first_step=1,
@@ -190,7 +274,14 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
 
 def test_an_error_outside_reaches_whoever_waits():
     pipeline = Pipeline(
-        mixer(1.0), FakeRollouts(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=9
+        mixer(1.0),
+        always(FakeRollouts(0)),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=3,
+        max_staleness=0,
+        timeout_s=9,
     )
     with pipeline, pytest.raises(OSError, match="the push failed"):
         pipeline.fail(OSError("the push failed"))
@@ -212,7 +303,7 @@ def test_a_dead_worker_ends_the_run_with_its_own_error():
             self.post(fail)
 
     pipeline = Pipeline(
-        mixer(1.0), Dying(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
+        mixer(1.0), always(Dying(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
     )
     with pipeline, pytest.raises(RuntimeError, match="the engine died"):
         pipeline.release(0)
@@ -225,7 +316,14 @@ def test_silence_has_a_deadline():
             pass
 
     pipeline = Pipeline(
-        mixer(1.0), Silent(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.2
+        mixer(1.0),
+        always(Silent(0)),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=3,
+        max_staleness=0,
+        timeout_s=0.2,
     )
     with pipeline, pytest.raises(TimeoutError, match=r"rollout\.timeout_s"):
         pipeline.release(0)
@@ -234,7 +332,14 @@ def test_silence_has_a_deadline():
 
 def test_without_engine_and_teacher_the_dataset_passes_through():
     pipeline = Pipeline(
-        mixer(0.0), NoRollouts(), NoTeacher(), NoRewards(), first_step=1, last_step=2, max_staleness=0, timeout_s=5
+        mixer(0.0),
+        always(NoRollouts()),
+        NoTeacher(),
+        NoRewards(),
+        first_step=1,
+        last_step=2,
+        max_staleness=0,
+        timeout_s=5,
     )
     with pipeline:
         pipeline.release(0)
@@ -249,7 +354,7 @@ def test_an_engine_that_answers_but_finishes_nothing_has_a_deadline_too():
             threading.Timer(0.01, lambda: self.post(lambda: self.submit(prompts))).start()
 
     pipeline = Pipeline(
-        mixer(1.0), Busy(0), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
+        mixer(1.0), always(Busy(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
     )
     with pipeline, pytest.raises(TimeoutError, match="no rollout"):
         pipeline.release(0)
@@ -275,7 +380,7 @@ def batches(rewards, *, teachers=None, steps=4, timeout_s=20.0):
     rollouts = FakeRollouts(0)
     pipeline = Pipeline(
         mixer(0.5),
-        rollouts,
+        always(rollouts),
         teachers or FakeTeachers(),
         rewards,
         first_step=1,

@@ -7,10 +7,10 @@ from hypothesis import strategies as st
 from gkd.interfaces import ScoredGroup
 from gkd.scoring import GroupLimits
 from gkd.stages import ByStep
-from gkd.types import Completion
+from gkd.types import Completion, Prompt, SampleId
 from rollout.mixer import Mixer
 from rollout.prompts import PromptStream
-from rollout.stages import StagedMixer, StagedTeachers
+from rollout.stages import StagedMixer, StagedRollouts, StagedTeachers
 from rollout.tokenized import TokenizedRecord
 
 
@@ -98,3 +98,62 @@ def test_a_group_goes_to_the_teachers_of_its_step():
     assert [step for step, _ in none.asked] == [2, 6, 1, 4] and [step for step, _ in real.asked] == [7, 3]
     assert len(delivered) == 6 and (none.connected, real.connected) == (1, 1)
     assert staged.idle_s() == pytest.approx(2.5)
+
+
+class Writers:
+    """Engines that note what they are asked, with a clock that the test sets."""
+
+    def __init__(self):
+        self.asked, self.connected, self.clock = [], 0, 0.0
+
+    def connect(self, post, deliver):
+        self.connected += 1
+        self.deliver = deliver
+
+    def submit(self, prompts):
+        assert prompts, "asked for nothing"
+        self.asked += [prompt.id.prompt_index for prompt in prompts]
+
+    def idle_s(self):
+        return self.clock
+
+
+def prompts(*indices):
+    return [Prompt(id=SampleId(0, i, 0), token_ids=(3,)) for i in indices]
+
+
+def test_prompts_go_to_the_writers_of_their_step_and_all_deliver_alike():
+    teacher, nobody, student, delivered = Writers(), Writers(), Writers(), []
+    staged = StagedRollouts(ByStep([(2, teacher), (1, nobody), (1, student), (2, teacher)]), first_step=1)
+    staged.connect(lambda callback: callback(), delivered.append)
+    for step in (1, 2, 3, 4, 5, 6):
+        staged.submit(step, [] if step == 3 else prompts(10 * step, 10 * step + 1))
+    assert teacher.asked == [10, 11, 20, 21, 50, 51, 60, 61]
+    assert (nobody.asked, student.asked) == ([], [40, 41])
+    assert [writers.connected for writers in (teacher, nobody, student)] == [1, 1, 1]
+    for writers in (student, teacher):  # the stages' order is not that of what finishes
+        writers.deliver(writers)
+    assert delivered == [student, teacher]
+
+
+def test_only_those_are_waited_for_whose_turn_it_is():
+    """The clock of all goes on; what counts is that of the newest step's writers."""
+    teacher, nobody, student = Writers(), Writers(), Writers()
+    staged = StagedRollouts(ByStep([(2, teacher), (1, nobody), (9, student)]), first_step=1)
+
+    def pass_by(teacher_s, student_s):
+        before = staged.idle_s()
+        teacher.clock, student.clock = teacher.clock + teacher_s, student.clock + student_s
+        return staged.idle_s() - before
+
+    assert pass_by(1.0, 4.0) == 1.0  # before the first step is sent: its writers wait already
+    staged.submit(1, prompts(1))
+    assert pass_by(0.0, 4.0) == 0.0
+    before = staged.idle_s()
+    staged.submit(3, [])
+    assert staged.idle_s() == before and pass_by(4.0, 4.0) == 0.0
+    staged.submit(4, prompts(4))
+    assert staged.idle_s() == before and pass_by(4.0, 0.5) == 0.5
+    staged.submit(5, [])  # all samples of a step may be the dataset's
+    assert pass_by(4.0, 2.0) == 2.0
+    assert StagedRollouts(ByStep([(2, teacher), (9, student)]), first_step=3).idle_s() == student.clock

@@ -5,10 +5,12 @@ import threading
 import pytest
 
 from gkd.scoring import GroupLimits
+from gkd.stages import ByStep
 from gkd.types import Rollout
 from rollout.mixer import Mixer
 from rollout.pipeline import NoRewards, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
+from rollout.stages import StagedRollouts
 from rollout.teacher_text import TeacherText
 from rollout.tokenized import TokenizedRecord
 
@@ -57,8 +59,9 @@ def batches():
         limits={None: GroupLimits(tokens=20, sequences=3)},
     )
     engines = FakeEngines()
+    writers = StagedRollouts(ByStep([(2, TeacherText(engines))]), first_step=1)
     pipeline = Pipeline(
-        mixer, TeacherText(engines), NoTeacher(), NoRewards(), first_step=1, last_step=2, max_staleness=0, timeout_s=20
+        mixer, writers, NoTeacher(), NoRewards(), first_step=1, last_step=2, max_staleness=0, timeout_s=20
     )
     found = []
     with pipeline:

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gkd.config import dump_config, load_config, parse_config
-from gkd.errors import NotBuiltYet, UserError
+from gkd.errors import UserError
 
 KL = {"type": "distill", "divergence": {"type": "reverse_kl"}}
 TREE = {
@@ -136,6 +136,46 @@ def test_evaluation_is_the_runs_and_any_stage_may_bring_its_teacher():
     assert config.measured == ["divergence"] and config.needs_engine
 
 
-def test_a_teacher_that_writes_has_a_run_of_its_own():
-    with pytest.raises(NotBuiltYet, match=r"stages\.1\.objective\.type = 'seq_kd'"):
-        parse_config(tree(("stages.1.objective", {"type": "seq_kd"}), ("stages.1.data", {})))
+SEQ_KD = ("stages.0.objective", {"type": "seq_kd"})
+
+
+def test_the_teacher_may_write_in_one_stage_and_score_in_another():
+    config = parse_config(tree(SEQ_KD, ("teacher.generation_temperature", 0.5), ("teacher.kv_cache_gib", 2)))
+    first, second = config.parts
+    assert (first.teacher_writes, second.teacher_writes, config.teacher_writes) == (True, False, True)
+    assert (first.needs_rollouts, first.needs_engine, config.needs_engine) == (False, False, True)
+    assert (first.generates, second.generates) == (True, True)
+    assert (first.needs_teacher_workers, config.needs_teacher_workers) == (False, True)
+    # Half of the second stage's samples are the dataset's; the first one needs no completions.
+    assert (first.needs_completions, second.needs_completions, config.needs_completions) == (False, True, True)
+    only = tree(SEQ_KD, ("stages.1.data.on_policy_fraction", 1.0), ("data.on_policy_fraction", 1.0))
+    assert not parse_config(only).needs_completions
+    alone = parse_config(tree(SEQ_KD, ("stages.1.objective", {"type": "sft"})))
+    assert alone.needs_completions and alone.teacher_writes and not alone.needs_engine and not alone.needs_teacher
+
+
+WITH_A_WRITER = [
+    ([("data.on_policy_fraction", 0.25)], "data.on_policy_fraction", "in stages.0: does not fit the rest. Mixes"),
+    ([("stages.0.data", {"on_policy_fraction": 0.25})], "stages.0.data.on_policy_fraction", "remove it"),
+    ([("teacher", None), ("teachers", [{"name": n, "model": n} for n in "ab"])],
+     "teachers", "in stages.0: does not fit the rest. The seq_kd"),
+    ([("teacher", {"backend": "student_ema"})], "teacher.backend", "in stages.0: does not fit the rest. The seq_kd"),
+    ([("teacher.generation_temperature", 0), ("stages.0.rollout", {"samples_per_prompt": 2})],
+     "stages.0.rollout.samples_per_prompt", "all samples of a prompt are the same"),
+    ([("stages.0.objective", {"type": "sum", "terms": [{"objective": {"type": "seq_kd"}}]})],
+     "stages.0.objective.terms", "no term of a sum"),
+    ([("stages.0.objective", {"type": "sft"}), ("teacher.generation_temperature", 0.5)],
+     "teacher.generation_temperature", "has no effect here"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("changes", "field", "text"), WITH_A_WRITER, ids=[m[1] for m in WITH_A_WRITER])
+def test_what_a_writer_needs_is_checked_in_its_stage(changes, field, text):
+    with pytest.raises(UserError) as caught:
+        parse_config(tree(SEQ_KD, *changes))
+    assert caught.value.field == field
+    assert text.lower() in str(caught.value).lower()
+
+
+def test_greedy_text_of_one_stage_does_not_forbid_samples_in_another():
+    parse_config(tree(SEQ_KD, ("teacher.generation_temperature", 0), ("stages.1.rollout.samples_per_prompt", 4)))
