@@ -77,6 +77,10 @@ def _check_cache(cache: CacheSettings, field: str, *, run_folder: Path) -> None:
             "is in run.output_dir, which is moved aside when the run begins afresh.",
             "Name a folder outside of it.",
         )
+    if run_folder.is_relative_to(cache.folder):
+        raise UserError(
+            at, str(cache.folder), "is around run.output_dir, and holds signals alone.", "Name a folder beside it."
+        )
     try:
         stored = read_spec(cache.folder)
     except SpecMismatch as error:

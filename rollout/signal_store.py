@@ -263,13 +263,16 @@ def read_spec(folder: Path) -> dict[str, Any] | None:
         SpecMismatch: if it holds something else, or what it says cannot be read.
     """
     try:
-        return json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
+        spec = json.loads((folder / SPEC_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         if folder.is_dir() and not all(path.name.startswith(SPEC_FILE) for path in folder.iterdir()):
             raise SpecMismatch(f"{folder} holds no {SPEC_FILE}, and other files") from None
         return None
     except (OSError, ValueError) as error:
         raise SpecMismatch(f"{folder / SPEC_FILE} cannot be read: {error}") from None
+    if not isinstance(spec, dict):
+        raise SpecMismatch(f"{folder / SPEC_FILE} cannot be read: it is no JSON object")
+    return spec
 
 
 def _known_by_spec(settings: CacheSettings) -> dict[str, Any]:

@@ -159,7 +159,7 @@ def _fit_together(teachers: list[TeacherConfig]) -> list[TeacherConfig]:
     names = [teacher.name for teacher in teachers]
     if twice := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"several are named {twice[0]!r}: give each a `name` of its own")
-    caches = [teacher.cache.absolute() for teacher in teachers if teacher.cache is not None]
+    caches = [teacher.cache.resolve() for teacher in teachers if teacher.cache is not None]
     if shared := sorted({str(cache) for cache in caches if caches.count(cache) > 1}):
         raise ValueError(f"several have the cache {shared[0]}: give each a folder of its own")
     without = [teacher.name for teacher in teachers if teacher.weight is None]

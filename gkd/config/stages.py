@@ -6,6 +6,7 @@ from pydantic import (
     AfterValidator,
     Field,
     SerializerFunctionWrapHandler,
+    TypeAdapter,
     ValidationError,
     field_serializer,
     model_serializer,
@@ -152,9 +153,13 @@ def completed(tree: dict[str, Any]) -> dict[str, Any]:
     lengths = [stage.get("steps") for stage in stages]
     if None in lengths:
         raise UserError(f"stages.{lengths.index(None)}.steps", None, "is missing.", "Add it: the stage's length.")
-    if _value(tree, ("trainer", "max_steps")) is None and all(type(steps) is int for steps in lengths):
-        tree = _with(tree, ("trainer", "max_steps"), sum(lengths))
-    return tree
+    if _value(tree, ("trainer", "max_steps")) is not None:
+        return tree
+    try:  # what a stage takes for a whole number is one in their sum, too: `2.0`, or `"2"`
+        whole = sum(TypeAdapter(list[int]).validate_python(lengths))
+    except ValidationError:
+        return tree  # refused with the stage's name
+    return _with(tree, ("trainer", "max_steps"), whole)
 
 
 def _value(tree: Any, path: tuple[str, ...]) -> Any:

@@ -106,12 +106,23 @@ def test_a_fingerprint_reads_parts_of_large_files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("where", "words"), [("student", "other files"), ("out/cache", "outside"), ("train.jsonl", "cannot be written")]
+    ("where", "words"),
+    [
+        ("student", "other files"),
+        ("out/cache", "outside"),
+        ("around", "is around run.output_dir"),
+        ("train.jsonl", "cannot be written"),
+        ("list", "it is no JSON object"),
+    ],
 )
 def test_folders_that_are_no_cache(config, models, tmp_path, where, words):
     folder = models[0] if where == "student" else tmp_path / where
+    run = {"run": {"output_dir": str(folder / "runs" / "out")}} if where == "around" else {}
+    if where == "list":
+        folder.mkdir()
+        (folder / "signal.json").write_text("[1]")
     with pytest.raises(UserError, match=words) as caught:
-        check(config(teacher={"cache": str(folder)}))
+        check(config(teacher={"cache": str(folder)}, **run))
     assert caught.value.field == "teacher.cache"
 
 
@@ -157,10 +168,13 @@ def test_what_cannot_be_scored_beforehand(config, changes, field):
     ("teachers", "words"),
     [
         ([{"backend": "student_ema", "cache": "c"}], "akes no `cache`"),
-        ([{"name": n, "model": n, "cache": "c"} for n in "ab"], "give each a folder of its own"),
+        ([{"name": n, "model": n, "cache": n} for n in ("c", "d/../c")], "give each a folder of its own"),
+        ([{"name": n, "model": n, "cache": n} for n in ("c", "link")], "give each a folder of its own"),
     ],
 )
-def test_configs_with_caches_that_cannot_be(config, teachers, words):
+def test_configs_with_caches_that_cannot_be(config, teachers, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "c")
     tree = json.loads(config().model_dump_json()) | {"teacher": None, "teachers": teachers}
     with pytest.raises(UserError, match=words):
         parse_config(tree)

@@ -95,6 +95,8 @@ MISTAKES = [
     ([("stages.0.trainer.learnin_rate", 1)], "stages.0.trainer.learnin_rate", "Did you mean 'learning_rate'"),
     ([("stages.0.steps", None)], "stages.0.steps", "is missing"),
     ([("stages.0.steps", 0)], "stages.0.steps", "greater than or equal to 1"),
+    ([("stages.0.steps", "1e3")], "stages.0.steps", "valid integer"),
+    ([("stages.0.steps", 2.5)], "stages.0.steps", "valid integer"),
     ([("stages.0.objective", None)], "stages.0.objective", "is missing"),
     ([("trainer.learning_rate", None)], "stages.0.trainer.learning_rate", "outside of `stages`"),
     ([("trainer.batch_size", None)], "stages.0.trainer.batch_size", "outside of `stages`"),
@@ -121,6 +123,12 @@ def test_a_mistake_is_named_by_its_stage(changes, field, text):
         parse_config(tree(*changes))
     assert caught.value.field == field
     assert text.lower() in str(caught.value).lower()
+
+
+@pytest.mark.parametrize(("written", "steps"), [('"2"', 2), ("1.0e+3", 1000)])
+def test_a_length_that_a_stage_takes_counts_in_the_runs(written, steps):
+    config = parse_config(tree(("stages.0.steps", yaml.safe_load(written))))
+    assert (config.parts[0].trainer.max_steps, config.trainer.max_steps) == (steps, steps + 3)
 
 
 def test_what_every_stage_brings_need_not_stand_outside():
