@@ -54,14 +54,23 @@ def _check_purpose(config: Config) -> None:
         UserError: else.
     """
     if not config.needs_teacher_workers:
+        problem, cure = "asks no teacher with workers of its own.", "Name such a teacher."
+        if config.teacher_writes:
+            problem, cure = "has the teacher write, and score nothing.", "Use an objective that compares with it."
+        raise UserError("objective.type", config.objective.type, problem, cure)
+    compared = [part for part in config.parts if part.needs_teacher]
+    if all(part.teacher_writes for part in compared):
         raise UserError(
-            "objective.type", config.objective.type, "asks no teacher with workers of its own.", "Name such a teacher."
+            "objective.type",
+            compared[0].objective.type,
+            "leaves nothing to score: the teacher writes every sample while the run goes on.",
+            "Use the distill objective on the dataset's text.",
         )
     if not scores_given_text(config):
         raise UserError(
             "data.on_policy_fraction",
             config.data.on_policy_fraction,
-            "leaves nothing to score: every sample is written while the run goes on.",
+            "leaves nothing to score: every sample that is scored is written while the run goes on.",
             "Lower it.",
         )
     for field, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):

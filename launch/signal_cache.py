@@ -144,9 +144,10 @@ def given_texts(data: TokenizedData) -> list[Rollout]:
 
 
 def scored_texts(config: Config, stages: Sequence[TokenizedData]) -> list[Rollout]:
-    """What a teacher scores of each stage's data."""
+    """What a teacher scores of the stages' data: once, what is in them several times."""
     scored = [data for data, part in zip(stages, config.parts, strict=True) if _scores_given_text(part)]
-    return [text for data in scored for text in given_texts(data)]
+    texts = [text for data in scored for text in given_texts(data)]
+    return list({(text.teacher, text.scored_prompt_ids, text.response_ids): text for text in texts}.values())
 
 
 def scores_given_text(config: Config) -> bool:
@@ -172,10 +173,15 @@ def not_stored(caches: Sequence[CacheSettings | None], texts: Sequence[Rollout])
 
 def cache_notes(config: Config) -> list[str]:
     """Where a cache is of no use."""
-    if scores_given_text(config) or not config.needs_teacher:
+    if scores_given_text(config) or not config.uses_teacher:
         return []
+    why = (
+        "every sample that is scored is written anew, so that none comes again"
+        if config.needs_teacher
+        else "the teacher writes and scores nothing"
+    )
     return [
-        f"{field}.cache: every sample that is scored is written anew, so that none comes again: nothing is kept"
+        f"{field}.cache: {why}: nothing is kept"
         for field, teacher in zip(config.teacher_fields, config.all_teachers, strict=True)
         if teacher.cache is not None
     ]

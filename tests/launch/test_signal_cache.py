@@ -151,15 +151,21 @@ def test_where_all_is_stored_scoring_starts_nothing(config, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("changes", "field"),
+    ("changes", "field", "words"),
     [
-        ({"data": {"on_policy_fraction": 1.0}}, "data.on_policy_fraction"),
-        ({"teacher": {"cache": None}}, "teacher.cache"),
-        ({"objective": {"type": "sft"}}, "objective.type"),
+        ({"data": {"on_policy_fraction": 1.0}}, "data.on_policy_fraction", "Lower it"),
+        ({"teacher": {"cache": None}}, "teacher.cache", "Name a folder"),
+        ({"objective": {"type": "sft"}}, "objective.type", "Name such a teacher"),
+        ({"objective": {"type": "seq_kd"}}, "objective.type", "write, and score nothing"),
+        (
+            {"objective": {"type": "seq_kd", "form": "divergence", "divergence": {"type": "forward_kl"}}},
+            "objective.type",
+            "the teacher writes every sample",
+        ),
     ],
 )
-def test_what_cannot_be_scored_beforehand(config, changes, field):
-    with pytest.raises(UserError) as caught:
+def test_what_cannot_be_scored_beforehand(config, changes, field, words):
+    with pytest.raises(UserError, match=words) as caught:
         run_score(config(**changes), Console(file=io.StringIO()))
     assert caught.value.field == field
 

@@ -209,15 +209,25 @@ def test_a_cache_keeps_what_a_teacher_scores_again():
         {"objective": KL, "data": {"on_policy_fraction": 0.5}},
         {"objective": KL},
     )
-    stages = [
-        TokenizedData(records=tuple(records), num_dropped=0, num_truncated=0, longest_prompt=1)
-        for records in ([RECORD] * 2, [RECORD] * 3, [RECORD] * 4)
+    records = [
+        TokenizedRecord(i, (3,), Completion(prompt_ids=(3,), response_ids=(4, length, 1)), teacher=teacher)
+        for i, (length, teacher) in enumerate([(5, None), (6, None), (6, None), (6, "other")])
     ]
-    assert len(scored_texts(config, stages)) == 3
+    stages = [
+        TokenizedData(records=tuple(records[:count]), num_dropped=0, num_truncated=0, longest_prompt=1)
+        for count in (1, 4, 4)
+    ]
+    assert len(scored_texts(config, stages)) == 3  # one of them is there twice
+    again = staged({"objective": KL}, {"objective": KL, "trainer": {"batch_size": 2}}, data__on_policy_fraction=0.5)
+    assert len(scored_texts(again, stages[:2])) == len(scored_texts(again, stages[1:])) == 3
     written = SEQ_KD | {"form": "divergence", "divergence": {"type": "forward_kl"}}
     config = staged({"objective": SFT}, {"objective": written}, teacher__cache="cache")
     assert config.needs_completions and not scored_texts(config, stages[:2])
     assert "nothing is kept" in cache_notes(config)[0]
+    config = staged({"objective": SEQ_KD}, {"objective": SFT}, teacher__cache="cache")
+    assert cache_notes(config) == ["teacher.cache: the teacher writes and scores nothing: nothing is kept"]
+    config = staged({"objective": SFT}, {"objective": KL}, teacher__cache="cache")
+    assert cache_notes(config)[0].startswith("teacher.cache: every sample that is scored")
 
 
 LENGTHS = {"first": {"name": "first", "steps": 4, "objective": SFT}, "second": {"steps": 6, "objective": KL}}
