@@ -77,7 +77,7 @@ def tokenize_training(
         data = tokenize(
             records,
             encoder,
-            limits=_limits(config, student, teachers, room=room),
+            limits=_limits(config, student, teachers, room=room, teacher_reads=config.uses_teacher),
             student_prompts=config.generates,
             completions=config.needs_completions,
         )
@@ -103,12 +103,15 @@ def tokenize_held_out(
         UserError: if a record cannot be encoded, nothing fits, or there is nothing to measure with.
     """
     records, encoder = records[: config.eval.limit], _encoder(config, student)
+    compared = "divergence" in config.measured  # else the student alone reads them
+    teachers = teachers if compared else ()
     if documents := documents_of(records):
         return tokenize_text(config, documents, encoder, context=_context(student, teachers), section="eval")
+    room = config.rollout.max_new_tokens if config.asks_held_out else 1
     data = tokenize(
         records,
         encoder,
-        limits=_limits(config, student, teachers, room=config.rollout.max_new_tokens if config.asks_held_out else 1),
+        limits=_limits(config, student, teachers, room=room, teacher_reads=compared),
         student_prompts=True,
         completions="cross_entropy" in config.measured,
     )
@@ -141,7 +144,9 @@ def _encoder(config: Config, student: ModelFacts) -> Encoder:
     )
 
 
-def _limits(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, room: int) -> Limits:
+def _limits(
+    config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, room: int, teacher_reads: bool
+) -> Limits:
     """What fits the models' context beside `room` response tokens."""
     context = _context(student, teachers)
     longest = context - room
@@ -165,7 +170,7 @@ def _limits(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts],
         max_tokens=context,
         overlong=config.data.overlong,
         field="data.max_prompt_tokens",
-        teacher=_teacher_room(config, student, teachers, response=room),
+        teacher=_teacher_room(student, teachers, response=room) if teacher_reads else None,
     )
 
 
@@ -174,12 +179,10 @@ def _context(student: ModelFacts, teachers: Sequence[ModelFacts]) -> int:
     return min(model.context for model in (student, *teachers))
 
 
-def _teacher_room(
-    config: Config, student: ModelFacts, teachers: Sequence[ModelFacts], *, response: int
-) -> TeacherRoom | None:
+def _teacher_room(student: ModelFacts, teachers: Sequence[ModelFacts], *, response: int) -> TeacherRoom:
     """A teacher that is the student has the student's context."""
     context = min((teacher.context for teacher in teachers), default=student.context)
-    return TeacherRoom(context=context, response=response) if config.uses_teacher else None
+    return TeacherRoom(context=context, response=response)
 
 
 def check_ids(

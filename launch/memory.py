@@ -45,10 +45,12 @@ class Sizes:
     """What the workers of each teacher send; empty where there are none."""
     longest_prompt: int
     """In tokens."""
-    longest_scored_prompt: int
-    """Of the prompts that teachers read, in tokens."""
     longest_response: int
     """In tokens, sampled or from the data."""
+    longest_scored_prompt: int
+    """Of the prompts whose responses teachers score, in tokens; 0 where they score none."""
+    longest_scored_response: int
+    """Of the responses that teachers score, in tokens; 0 where they score none."""
     longest_written: int
     """What the teacher writes with the prompt that it answers, in tokens; 0 where it writes nothing."""
 
@@ -257,10 +259,10 @@ def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Size
 
 def _scoring_batch(config: Config, teacher: TeacherConfig, sizes: Sizes) -> tuple[int, int]:
     """Positions and response tokens of a teacher's largest batch."""
-    longest = sizes.longest_scored_prompt + sizes.longest_response
+    longest = sizes.longest_scored_prompt + sizes.longest_scored_response
     sequences = min(teacher.sequences_per_batch, config.trainer.batch_size)
     positions = max(longest, min(teacher.tokens_per_batch, sequences * longest))
-    return positions, min(positions, sequences * sizes.longest_response)
+    return positions, min(positions, sequences * sizes.longest_scored_response)
 
 
 def _signal_bytes(teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> int:
@@ -284,7 +286,7 @@ def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, in
     pairs = zip(config.all_teachers, _scorers(sizes), strict=False)
     each = [_signal_bytes(teacher, scorer, sizes) for teacher, scorer in pairs]
     if each:
-        tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_response
+        tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_scored_response
         # A token has a signal from every teacher of a mixture, else from one.
         parts["teacher signals"] = tokens * (sum(each) if config.mixture else max(each))
     if on_gpu and trainer.offload != "none":

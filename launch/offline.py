@@ -3,12 +3,14 @@
 import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from gkd.config import Config
 from gkd.config.data import DataSource
 from launch.architecture import read_architecture
-from launch.data import check_ids, path_field, teacher_keys, tokenize_training
+from launch.data import path_field, teacher_keys
 from launch.memory import Sizes
 from launch.model_checks import (
     check_student,
@@ -19,10 +21,20 @@ from launch.model_checks import (
     shared_vocabulary,
     teacher_models,
 )
-from launch.models import ModelFacts
-from launch.preflight import Facts, check, check_settings, data_warnings
-from launch.signal_choice import choose_signals
+from launch.preflight import (
+    Facts,
+    StageFacts,
+    check,
+    check_settings,
+    held_out_data,
+    model_notes,
+    settings_notes,
+    stage_facts,
+)
+from launch.signal_cache import check_caches
+from launch.sizes import sizes_of
 from launch.stages import in_each_stage, notes_of_each
+from launch.text_data import block_note
 from rollout.records import Record, read_records
 
 
@@ -60,104 +72,92 @@ def _absent(config: Config) -> dict[str, str]:
         absent["student.model"] = config.student.model
     absent |= {field: model for field, model in teacher_models(config) if not _model_is_here(model)}
     for number, part in enumerate(config.parts):
-        for field, _, source in _sources(part):
+        for field, _, source in _sources(part, "train", "eval"):
             own = bool(config.stages) and config.stages[number].sets(field)
             if not _source_is_here(source):
                 absent[f"stages.{number}.{field}" if own else field] = source.path
     return absent
 
 
-def _sources(config: Config) -> list[tuple[str, int, DataSource]]:
-    """Field, number and source of all data of a stage."""
+def _sources(config: Config, *sections: Literal["train", "eval"]) -> list[tuple[str, int, DataSource]]:
+    """Field, number and source of the data of a stage."""
+    of_section = {"train": config.data.train, "eval": config.data.eval}
     return [
-        (path_field(section, number, sources), number, source)
-        for section, sources in (("data.train", config.data.train), ("data.eval", config.data.eval))
-        for number, source in enumerate(sources)
+        (path_field(f"data.{section}", number, of_section[section]), number, source)
+        for section in sections
+        for number, source in enumerate(of_section[section])
     ]
 
 
 def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | None, list[str]]:
     """Everything that needs nothing absent; the sizes are None without the student."""
     check_settings(config)
-    records = in_each_stage(config, _read)
+    records, eval_records = in_each_stage(config, partial(_read, section="train")), _read(config, section="eval")
     # What is compared is compared with all teachers, so without one of them there are none.
     teachers = [] if any(field in absent for field, _ in teacher_models(config)) else read_teachers(config)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
+    about_config = settings_notes(config)
+    known = [read for read in (*records, eval_records) if read is not None]
+    if len(known) > len(records) and (block := block_note(config, known)):
+        about_config.append(block)
     if "student.model" in absent:
-        return None, []
+        return None, about_config
     student = read_student(config)
     num_tokens = shared_vocabulary(config, student, teachers)
     architecture, adapter, notes = check_student(config, student, this_host=False)
     check_teacher_engines(config, teachers, this_host=False)
-    found = in_each_stage(config, lambda part, read: _check_data(part, read, student, teachers, num_tokens), records)
+
+    def found_in(part: Config, read: Sequence[Record] | None) -> StageFacts | None:
+        return None if read is None else stage_facts(part, read, student, teachers, num_tokens)
+
+    stages = in_each_stage(config, found_in, records)
+    held_out = None if eval_records is None else held_out_data(config, eval_records, student, teachers, num_tokens)
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
-    sizes = Sizes(
+    sizes = sizes_of(
+        config,
         student=architecture,
         teachers=teacher_architectures,
         adapter=adapter,
         rows=rows,
-        signals=choose_signals(config, teacher_architectures, rows=rows),
-        longest_prompt=max(data.longest_prompt for data in found),
-        longest_scored_prompt=max(data.longest_scored_prompt for data in found),
-        longest_response=max(data.longest_response for data in found),
-        longest_written=max(
-            (
-                data.longest_scored_prompt + config.rollout.max_new_tokens
-                for data, part in zip(found, config.parts, strict=True)
-                if part.teacher_writes
-            ),
-            default=0,
-        ),
+        stages=[
+            stage.data if stage else _assumed_lengths(part) for stage, part in zip(stages, config.parts, strict=True)
+        ],
+        held_out=held_out,
     )
-    return sizes, [*notes, *notes_of_each(config, lambda _, data: data.notes, found)]
+    check_caches(config, teachers, sizes.signals, rows=rows)
+    about_data = notes_of_each(config, lambda _, stage: stage.notes if stage else (), stages)
+    return sizes, [*notes, *about_data, *model_notes(config, student, teachers), *about_config]
 
 
-def _read(config: Config) -> list[Record] | None:
-    """The training records of a stage, or None where some are not here; what is here of its data is checked."""
+def _read(config: Config, section: Literal["train", "eval"]) -> list[Record] | None:
+    """The records of a section, or None where some are not here; what is here is checked."""
     records: list[Record] = []
     is_whole = True
-    for field, number, source in _sources(config):
-        is_training = field.startswith("data.train")
-        if not _source_is_here(source):
-            is_whole = is_whole and not is_training
-            continue
-        needed = config.needs_completions and is_training
-        read = read_records(source, number=number, field=field, need_completions=needed, keys=teacher_keys(config))
-        records += read if is_training else []
+    needed = config.needs_completions and section == "train"
+    for field, number, source in _sources(config, section):
+        if _source_is_here(source):
+            records += read_records(
+                source, number=number, field=field, need_completions=needed, keys=teacher_keys(config)
+            )
+        else:
+            is_whole = False
     return records if is_whole else None
 
 
 @dataclass(frozen=True, slots=True)
-class _StageData:
-    """What is known of the training data of a stage."""
+class _Assumed:
+    """What is taken of data that are not here."""
 
     longest_prompt: int
     longest_scored_prompt: int
-    longest_response: int
-    notes: tuple[str, ...] = ()
+    longest_completion: int
 
 
-def _check_data(
-    config: Config,
-    records: Sequence[Record] | None,
-    student: ModelFacts,
-    teachers: Sequence[ModelFacts],
-    num_tokens: int,
-) -> _StageData:
-    if records is None:  # prompts are taken to be as long as they may be, or else as responses
-        longest = config.data.max_prompt_tokens or config.rollout.max_new_tokens
-        return _StageData(longest, longest, max(config.rollout.max_new_tokens, config.data.text_block_tokens or 0))
-    asked = teachers if config.uses_teacher else ()
-    data = tokenize_training(config, records, student, asked)
-    check_ids(config, data, student, teachers, num_tokens, section="train")
-    notes = data_warnings(config, student, asked, data, records)
-    room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
-    return _StageData(
-        longest_prompt=data.longest_prompt,
-        longest_scored_prompt=data.longest_scored_prompt,
-        longest_response=max(room, data.longest_completion),
-        notes=tuple(note for note in notes if note),
-    )
+def _assumed_lengths(config: Config) -> _Assumed:
+    """Prompts are taken to be as long as they may be, or else as responses."""
+    responses = config.rollout.max_new_tokens
+    longest = config.data.max_prompt_tokens or responses
+    return _Assumed(longest, longest, max(responses, config.data.text_block_tokens or 0))
 
 
 def _model_is_here(name: str) -> bool:

@@ -32,9 +32,10 @@ from launch.placement import teacher_workers
 from launch.ray_session import joins_cluster
 from launch.reward_check import check_reward
 from launch.signal_cache import cache_notes, check_caches
-from launch.signal_choice import check_signal, choose_signals, signal_notes
+from launch.signal_choice import check_signal, signal_notes
+from launch.sizes import sizes_of
 from launch.stages import in_each_stage, notes_of_each
-from launch.text_data import text_notes
+from launch.text_data import block_note, text_notes
 from rollout.records import Record, fingerprint
 from rollout.signal_store import CacheSettings
 from rollout.tokenized import TokenizedData, TokenizedRecord
@@ -111,38 +112,28 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     architecture, adapter, notes = check_student(config, student, this_host=this_host)
     check_teacher_engines(config, teachers, this_host=this_host)
 
-    stages = in_each_stage(config, lambda part, read: _stage_facts(part, read, student, teachers, num_tokens), records)
-    held_out = None
-    if config.eval.every_steps:
-        held_out = tokenize_held_out(config, eval_records, student, teachers)
-        check_ids(config, held_out, student, teachers, num_tokens, section="eval")
+    stages = in_each_stage(config, lambda part, read: stage_facts(part, read, student, teachers, num_tokens), records)
+    held_out = held_out_data(config, eval_records, student, teachers, num_tokens)
     by_student = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.needs_rollouts]
-    by_teacher = [stage.data for stage, part in zip(stages, config.parts, strict=True) if part.teacher_writes]
     asked = held_out.records if held_out and config.asks_held_out else ()
     answered = (*(record for data in by_student for record in data.records), *asked)
-    response_room = config.rollout.max_new_tokens if config.needs_engine or config.generates else 0
-    read = [*(stage.data for stage in stages), *([held_out] if held_out else ())]
     rows = shared_head_rows(student, teachers if config.needs_teacher else (), num_tokens)
     teacher_architectures = tuple(read_architecture(teacher.path, field="teacher.model") for teacher in teachers)
-    sizes = Sizes(
+    sizes = sizes_of(
+        config,
         student=architecture,
         teachers=teacher_architectures,
         adapter=adapter,
         rows=rows,
-        signals=choose_signals(config, teacher_architectures, rows=rows),
-        longest_prompt=max(data.longest_prompt for data in read),
-        longest_scored_prompt=max(data.longest_scored_prompt for data in read),
-        longest_response=max(response_room, *(data.longest_completion for data in read)),
-        longest_written=max((data.longest_scored_prompt + response_room for data in by_teacher), default=0),
+        stages=[stage.data for stage in stages],
+        held_out=held_out,
     )
     warnings = [
         *notes,
         *notes_of_each(config, lambda _, stage: stage.notes, stages),
-        *_warnings(config, student, teachers),
-        *notes_of_each(config, objective_notes),
-        *signal_notes(config),
-        *cache_notes(config),
-        _length_note(config),
+        *model_notes(config, student, teachers),
+        *settings_notes(config),
+        block_note(config, [*records, eval_records]),
         *([_memory_warning(config, sizes)] if this_host else []),
     ]
     caches = check_caches(config, teachers, sizes.signals, rows=rows)
@@ -156,7 +147,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
         rows=rows,
         stop_ids=tuple(sorted(student.stop_ids)),
         answered=answered,
-        max_model_len=max((len(record.prompt_ids) + response_room for record in answered), default=0),
+        max_model_len=max((len(record.prompt_ids) + config.rollout.max_new_tokens for record in answered), default=0),
         sizes=sizes,
         caches=caches,
         record_logprobs=any(in_each_stage(config, records_logprobs)),
@@ -164,7 +155,7 @@ def check(config: Config, *, this_host: bool = True) -> Facts:
     )
 
 
-def _stage_facts(
+def stage_facts(
     config: Config,
     records: Sequence[Record],
     student: ModelFacts,
@@ -183,6 +174,25 @@ def _stage_facts(
         fingerprint=fingerprint(records),
         notes=tuple(note for note in notes if note is not None),
     )
+
+
+def held_out_data(
+    config: Config,
+    records: Sequence[Record],
+    student: ModelFacts,
+    teachers: Sequence[ModelFacts],
+    num_tokens: int,
+) -> TokenizedData | None:
+    """The held-out records that evaluation uses, as token ids; None where the run is not evaluated.
+
+    Raises:
+        UserError: for the first thing found wrong.
+    """
+    if not config.eval.every_steps:
+        return None
+    data = tokenize_held_out(config, records, student, teachers)
+    check_ids(config, data, student, teachers, num_tokens, section="eval")
+    return data
 
 
 def check_settings(config: Config) -> None:
@@ -212,9 +222,10 @@ def data_warnings(
     ]
 
 
-def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> list[str]:
+def model_notes(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts]) -> list[str]:
+    """What is worth knowing of the models; without `teachers`, of the student."""
     found: list[str] = []
-    if config.teacher_writes and not (student.stop_ids | teachers[0].stop_ids):
+    if config.teacher_writes and teachers and not (student.stop_ids | teachers[0].stop_ids):
         found.append("neither model has a stop token: every response will be cut at rollout.max_new_tokens")
     if not student.stop_ids and config.needs_rollouts:
         found.append("the student has no stop token: every rollout will be cut at rollout.max_new_tokens")
@@ -233,6 +244,17 @@ def _warnings(config: Config, student: ModelFacts, teachers: Sequence[ModelFacts
             f"{objectives} {'have' if ' and ' in objectives else 'has'} no use for a teacher: it is not loaded"
         )
     return found
+
+
+def settings_notes(config: Config) -> list[str]:
+    """What is worth knowing of the config alone."""
+    length = _length_note(config)
+    return [
+        *notes_of_each(config, objective_notes),
+        *signal_notes(config),
+        *cache_notes(config),
+        *([length] if length else []),
+    ]
 
 
 def _length_note(config: Config) -> str | None:

@@ -55,7 +55,7 @@ def teacher_settings(config: Config, facts: Facts, *, on_gpu: bool) -> list[Teac
 def _on_vllm(
     teacher: TeacherConfig, settings: TeacherSettings, model: ModelFacts, sizes: Sizes, *, on_gpu: bool
 ) -> VllmTeacherSettings:
-    longest = sizes.longest_scored_prompt + sizes.longest_response
+    longest = sizes.longest_scored_prompt + sizes.longest_scored_response
     return VllmTeacherSettings(
         teacher=settings,
         # The longest prompt and the longest response need not be one sample's.

@@ -90,6 +90,13 @@ def _check_evaluation(config: Config, first: Document) -> None:
         )
 
 
+def block_note(config: Config, records: Sequence[Sequence[Record]]) -> str | None:
+    """That the length of blocks means nothing, where no data are text; `records` are all that the run has."""
+    if config.data.text_block_tokens is None or any(isinstance(r, Document) for some in records for r in some[:1]):
+        return None
+    return "data.text_block_tokens is for plain text, and the data are prompts: it has no effect"
+
+
 def text_notes(config: Config, documents: Sequence[Record]) -> list[str]:
     """What is set for prompts and means nothing for text, and how many documents hold nothing."""
     limits = {

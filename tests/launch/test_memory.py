@@ -70,8 +70,9 @@ def needs(parsed, *, on_gpu, adapter=0):
         rows=100,
         signals=(SignalKind.FULL_LOGITS,) if parsed.needs_teacher else (),
         longest_prompt=6,
-        longest_scored_prompt=6,
         longest_response=10,
+        longest_scored_prompt=6,
+        longest_scored_response=10,
         longest_written=0,
     )
     return {need.worker: need for need in estimate(parsed, sizes, on_gpu=on_gpu)}

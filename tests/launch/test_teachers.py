@@ -143,7 +143,7 @@ def test_each_worker_is_told_what_its_own_teacher_is():
 def needs(parsed, teachers, signals, *, on_gpu=True):
     sizes = Sizes(
         student=ARCHITECTURE, teachers=teachers, adapter=0, rows=100, signals=signals, longest_prompt=6,
-        longest_scored_prompt=30, longest_response=10, longest_written=0,
+        longest_scored_prompt=30, longest_response=10, longest_scored_response=10, longest_written=0,
     )  # fmt: skip
     return {need.worker: need for need in estimate(parsed, sizes, on_gpu=on_gpu)}
 

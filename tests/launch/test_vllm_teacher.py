@@ -53,14 +53,14 @@ def test_the_worker_is_told_how_to_run_its_engine(setup):
             model=setup[1]["teacher"], dtype="bfloat16", rows=18, signal=SignalKind.SAMPLED_LOGPROBS, top_k=5,
             temperature=0.7,
         ),
-        max_model_len=sizes.longest_scored_prompt + sizes.longest_response, max_concurrent=200, max_step_tokens=200,
-        tensor_parallel_size=2, on_gpu=True, kv_cache_gib=0.5, gpu_memory_utilization=0.8,
+        max_model_len=sizes.longest_scored_prompt + sizes.longest_scored_response, max_concurrent=200,
+        max_step_tokens=200, tensor_parallel_size=2, on_gpu=True, kv_cache_gib=0.5, gpu_memory_utilization=0.8,
     )  # fmt: skip
     assert [(p.worker, p.num_gpus) for p in needed_places(config)][2:] == [("teacher", 2)] * 3
     # The longest prompt and the longest response together may be more than a model reads.
     short = replace(facts, teachers=(replace(facts.teachers[0], context=20),))
     [found] = teacher_settings(config, short, on_gpu=True)
-    assert found.max_model_len == 20 < sizes.longest_scored_prompt + sizes.longest_response
+    assert found.max_model_len == 20 < sizes.longest_scored_prompt + sizes.longest_scored_response
 
 
 def test_what_it_sends_where_nothing_is_asked_for(setup):
@@ -73,7 +73,7 @@ def test_what_it_sends_where_nothing_is_asked_for(setup):
 
 def test_its_memory(setup):
     facts = check(parse_config(tree_of(setup)))
-    [teacher], longest = facts.sizes.teachers, facts.sizes.longest_scored_prompt + facts.sizes.longest_response
+    [teacher], longest = facts.sizes.teachers, facts.sizes.longest_scored_prompt + facts.sizes.longest_scored_response
     config = parse_config(tree_of(setup, teacher={"tensor_parallel_size": 2, "sequences_per_batch": 3}))
     on_gpu, on_cpu = (
         {need.worker: need.parts for need in estimate(config, facts.sizes, on_gpu=on_gpu)}["teacher"]
