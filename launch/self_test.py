@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gkd.config.divergence import DivergenceConfig
-from gkd.config.objective import BuiltObjective, DistillObjective, SeqKdObjective
+from gkd.config.objective import BuiltObjective, DistillObjective, RlGkdObjective, SeqKdObjective, SumObjective
 from gkd.errors import UserError
 from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs, build_objective
@@ -64,8 +64,8 @@ def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None
             raise UserError(
                 field, path, f"cannot be trained on packed responses: {_reason(error)}.", "Use another architecture."
             ) from None
-        if isinstance(objective, DistillObjective | SeqKdObjective) and objective.divergence is not None:
-            _check_zero(forward, objective, objective.divergence)
+        for at, measuring, divergence in _divergences(objective, "objective"):
+            _check_zero(forward, measuring, divergence, field=at)
     return None
 
 
@@ -80,10 +80,22 @@ def _is_causal(model: Any) -> bool:
     return torch.allclose(before, after, atol=1e-4)
 
 
-def _check_zero(
-    forward: ResponseForward, config: DistillObjective | SeqKdObjective, divergence: DivergenceConfig
-) -> None:
-    objective = build_objective(config)
+def _divergences(objective: BuiltObjective, field: str) -> list[tuple[str, BuiltObjective, DivergenceConfig]]:
+    """Field, objective and divergence of all that measures one: the objective itself, or terms of a sum."""
+    match objective:
+        case SumObjective(terms=terms):
+            inner = [(f"{field}.terms.{place}.objective", term.objective) for place, term in enumerate(terms)]
+            return [found for at, own in inner for found in _divergences(own, at)]
+        case DistillObjective(divergence=divergence) | RlGkdObjective(divergence=divergence):
+            return [(field, objective, divergence)]
+        case SeqKdObjective(divergence=divergence) if divergence is not None:
+            return [(field, objective, divergence)]
+        case _:
+            return []
+
+
+def _check_zero(forward: ResponseForward, config: BuiltObjective, divergence: DivergenceConfig, *, field: str) -> None:
+    objective = build_objective(config, field=field)
     rows = forward.num_head_rows
     sequences = [torch.randint(0, rows, (prompt + response,)).tolist() for prompt, response in _LENGTHS]
     prompts = [tokens[:prompt] for tokens, (prompt, _) in zip(sequences, _LENGTHS, strict=True)]
@@ -102,23 +114,26 @@ def _check_zero(
             mask_T=torch.ones_like(packed.response_ids_T, dtype=torch.bool),
             lengths=packed.response_lengths,
             on_policy_N=torch.ones(len(prompts), dtype=torch.bool),
+            # Rewards that are all the same have no part in the loss.
+            advantages_N=torch.zeros(len(prompts)),
+            sequence_scale_N=torch.ones(len(prompts)),
         )
     )
     token_weights = torch.tensor(sequence_token_weights(packed.response_lengths, config.reduction))
     weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths))
     loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
     if not abs(loss.item()) <= _TOLERANCE:
-        raise _wrong(divergence, f"is {loss.item():.3g}")
+        raise _wrong(divergence, f"is {loss.item():.3g}", field=field)
     loss.backward()
     assert student_TV.grad is not None
     gradient = student_TV.grad.abs().max().item()
     if not gradient <= _TOLERANCE:
-        raise _wrong(divergence, f"has a gradient of {gradient:.3g}")
+        raise _wrong(divergence, f"has a gradient of {gradient:.3g}", field=field)
 
 
-def _wrong(divergence: DivergenceConfig, found: str) -> UserError:
+def _wrong(divergence: DivergenceConfig, found: str, *, field: str) -> UserError:
     return UserError(
-        "objective.divergence",
+        f"{field}.divergence",
         getattr(divergence, "path", divergence.type),
         f"{found} where teacher and student are the same model.",
         "A divergence is 0 there, and so is its gradient: correct the function.",
