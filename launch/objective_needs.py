@@ -72,7 +72,7 @@ def objective_notes(config: Config) -> list[str]:
 def _take_tokens_as_actions(objective: BuiltObjective) -> list[tuple[str, float]]:
     """What of an objective has an expectation over the student's tokens in its gradient, and at which temperature: the
     loss's, but for a reward, which is of the text that the student writes at temperature 1."""
-    policies = [
+    policies: list[SampledKlObjective | MiniLlmObjective | MomentMatchingObjective] = [
         *(own for own in terms_of_type(objective, SampledKlObjective) if own.estimator == "policy_gradient"),
         *terms_of_type(objective, MiniLlmObjective),
         *(

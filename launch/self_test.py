@@ -5,7 +5,6 @@ student's forward pass, into the real objective. What comes out is known beforeh
 own that is none, or an architecture that cannot be trained here, shows before a worker starts.
 """
 
-import copy
 from typing import Any
 
 import torch
@@ -19,16 +18,12 @@ from gkd.packing import pack
 from gkd.reduce import sequence_token_weights, weighted_sum
 from gkd.response_forward import ResponseForward
 from gkd.teacher_view import WholeView
-from launch.models import head_width
+from launch.small_copy import small_copy
 
 _TOLERANCE = 1e-5
 """Largest loss in nats, and largest gradient with respect to a logit, that rounding explains."""
-_ROWS = 512
-_LAYERS = 2
 _LENGTHS = ((3, 6), (1, 2), (5, 4), (2, 1))
 """(prompt tokens, response tokens) of the sequences; some of them fit into one row together."""
-_LARGE = 20_000_000
-"""Parameters above which widths are cut too, so that the test takes no longer for large models."""
 
 
 def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None:
@@ -45,10 +40,12 @@ def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None
     Raises:
         UserError: if the architecture is not supported, or if loss or gradient are not 0.
     """
+    from transformers import AutoConfig
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = _small_copy(path)
+            model = small_copy(AutoConfig.from_pretrained(path))
         except Exception as error:  # cutting a config down can break it in ways that only its own code knows
             return f"the self-test was left out: no small {path} can be made ({_reason(error)})"
         if not _is_causal(model):
@@ -142,65 +139,3 @@ def _wrong(divergence: DivergenceConfig, found: str, *, field: str) -> UserError
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(".")
-
-
-def _small_copy(path: str) -> Any:
-    """The architecture with fewer layers and rows, in float32 on the CPU, seen to run."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path)
-    _shorten(config.get_text_config())
-    with torch.device("meta"):
-        large = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters() > _LARGE
-    if large:
-        _narrow(config.get_text_config())
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    # The gradient still goes through every layer, and needs memory for this alone.
-    model.get_input_embeddings().weight.requires_grad_(True)
-    return model
-
-
-def _shorten(config: Any) -> None:
-    """Fewer layers and rows. Special tokens may lie beyond the rows that are left."""
-    config.num_hidden_layers = min(config.num_hidden_layers, _LAYERS)
-    derived = isinstance(getattr(type(config), "layer_types", None), property)
-    if getattr(config, "layer_types", None) and not derived:
-        config.layer_types = _varied(config.layer_types, config.num_hidden_layers)
-    config.vocab_size = min(config.vocab_size, _ROWS)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        if isinstance(token, list) or (isinstance(token, int) and token >= config.vocab_size):
-            setattr(config, name, 0)
-
-
-def _varied(kinds: list[str], number: int) -> list[str]:
-    """The first kinds of layers, with another kind among them if there is one."""
-    chosen = kinds[:number]
-    others = [kind for kind in kinds if kind != chosen[0]]
-    return [*chosen[:-1], others[0]] if others and len(set(chosen)) == 1 and number > 1 else chosen
-
-
-def _narrow(config: Any) -> None:
-    """Cut the widths; an attention head's stays, and so does how many heads share their keys and values."""
-    for name in ("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"):
-        if isinstance(width := getattr(config, name, None), int):
-            setattr(config, name, min(width, 256))
-    experts_used = getattr(config, "num_experts_per_tok", None) or 1
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if isinstance(number := getattr(config, name, None), int):
-            setattr(config, name, min(number, max(16, 2 * experts_used)))
-    head = head_width(config)
-    if head is None:
-        return
-    heads = config.num_attention_heads
-    shared_by = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    config.num_attention_heads = min(heads, max(2, shared_by))
-    if getattr(config, "num_key_value_heads", None):
-        config.num_key_value_heads = config.num_attention_heads // shared_by
-    if getattr(config, "word_embed_proj_dim", None) == config.hidden_size:
-        config.word_embed_proj_dim = config.num_attention_heads * head
-    config.hidden_size = config.num_attention_heads * head
