@@ -75,7 +75,10 @@ class WholeView:
 
 
 class TopKView:
-    """K tokens, and all others in one bucket. A divergence of it is at most the exact one (data processing)."""
+    """K tokens, and all others in one bucket.
+
+    An f-divergence of it is at most the exact one (data processing). `adaptive_kl` is none, and may exceed it.
+    """
 
     def __init__(self, signals: Sequence[TopK], device: torch.device) -> None:
         """The signals of a micro-batch, all made at one temperature."""

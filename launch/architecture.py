@@ -1,10 +1,11 @@
-"""A model's modules and their sizes, from its config alone: no weight is read and no memory is used."""
+"""A model's modules and their sizes, from its config alone: no weight is read, and little memory is used."""
 
 from dataclasses import dataclass
 from typing import Any
 
 from gkd.errors import UserError
 from launch.models import head_width
+from launch.small_copy import head_stands_alone
 
 Shapes = dict[str, tuple[int, int]]
 """Dotted module name -> (inputs, outputs)."""
@@ -32,6 +33,8 @@ class Architecture:
     """Width between the layers."""
     intermediate_size: int
     """Width inside the feed-forward layers; of a mixture, what one token sees."""
+    head_alone: bool = True
+    """Whether its logits are its head applied to the last hidden states, so that these may travel in their place."""
     cache_numbers_per_token: int
     """Keys and values of one token over all layers, as in plain attention; compressed and windowed ones need less."""
 
@@ -85,6 +88,7 @@ def architecture_of(config: Any, *, path: str, field: str) -> Architecture:
         num_layers=text.num_hidden_layers,
         hidden_size=text.hidden_size,
         intermediate_size=_intermediate_size(text),
+        head_alone=head_stands_alone(config),
         cache_numbers_per_token=_cache_numbers(text),
     )
 

@@ -68,7 +68,7 @@ def check(
 
 @app.command()
 def score(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Let the teachers of CONFIG score the dataset's text into teacher.cache, for runs that then need no teacher.
+    """Let the teachers of CONFIG score the dataset's text into teacher.cache, for runs that then load no teacher.
 
     Goes on where it was stopped.
     """

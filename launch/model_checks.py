@@ -5,6 +5,7 @@ from functools import partial
 
 from gkd.config import Config
 from gkd.config.models import TeacherConfig
+from gkd.config.objective import MomentMatchingObjective, terms_of_type
 from gkd.config.rollout import RolloutConfig
 from gkd.errors import UserError
 from gkd.vocabulary import shared_rows, shared_tokens, tokenizer_size
@@ -12,7 +13,7 @@ from launch.architecture import Architecture
 from launch.lora_check import check_lora
 from launch.models import ModelFacts, read_model
 from launch.self_test import self_test
-from launch.stages import notes_of_each
+from launch.stages import in_each_stage, notes_of_each
 from launch.student_start import student_architecture
 from rollout.chat import ChatTemplate
 from rollout.records import ChatRecord, Record
@@ -86,9 +87,24 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
         raise UserError(
             "trainer.gradient_checkpointing", True, f"is unknown to {architecture.name}.", "Set it to false."
         )
+    in_each_stage(config, partial(_check_critics, student, architecture))
     lora = config.student.lora
     adapter = check_lora(lora, architecture, needs_engine=config.needs_engine) if lora else 0
     return architecture, adapter, notes_of_each(config, partial(_self_test, student))
+
+
+def _check_critics(student: ModelFacts, architecture: Architecture, config: Config) -> None:
+    """Critics read the last hidden states of the student, or of the teacher that it is itself, in most settings."""
+    for own in terms_of_type(config.objective, MomentMatchingObjective):
+        reads_student = own.off_policy_weight > 0 or own.trunk == "student" or not config.needs_teacher_workers
+        if reads_student and not architecture.head_alone:
+            raise UserError(
+                "student.model",
+                student.path,
+                f"is a {architecture.name}, whose logits are made of more than its head and its last hidden states, "
+                "and the critics of moment_matching read these.",
+                "Use the distill objective, or another student.",
+            )
 
 
 def _self_test(student: ModelFacts, config: Config) -> list[str]:

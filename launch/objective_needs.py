@@ -1,7 +1,14 @@
 """What an objective needs of a run beside a teacher, and what is worth knowing of it."""
 
 from gkd.config import Config
-from gkd.config.objective import RlGkdObjective, terms_of_type
+from gkd.config.objective import (
+    BuiltObjective,
+    MiniLlmObjective,
+    MomentMatchingObjective,
+    RlGkdObjective,
+    SampledKlObjective,
+    terms_of_type,
+)
 from gkd.errors import UserError
 from gkd.objectives import build_objective
 from gkd.objectives.base import Objective
@@ -48,17 +55,35 @@ def objective_notes(config: Config) -> list[str]:
     found = []
     if config.reward is not None and not _needs_reward(objective):
         found.append(f"the {config.objective.type} objective has no use for rewards: they are only recorded")
-    if terms_of_type(config.objective, RlGkdObjective) and (rollout.temperature, rollout.top_p) != (1, 1):
-        found.append(
-            f"rollout.temperature = {rollout.temperature:g}, rollout.top_p = {rollout.top_p:g}: rl_gkd takes samples "
-            "as drawn at temperature 1 and top_p 1; with others the reward's gradient is biased"
-        )
+    for name, temperature in _take_tokens_as_actions(config.objective):
+        if (rollout.temperature, rollout.top_p) != (temperature, 1):
+            found.append(
+                f"rollout.temperature = {rollout.temperature:g}, rollout.top_p = {rollout.top_p:g}: {name} takes "
+                f"samples as drawn at temperature {temperature:g} and top_p 1; with others its gradient is biased"
+            )
     if config.sync.max_staleness > 0 and objective.staleness == "sensitive":
         found.append(
             f"sync.max_staleness = {config.sync.max_staleness}: the {config.objective.type} objective takes older "
             "samples as if the current student had written them: watch the staleness/ metrics (docs/STALENESS.md)"
         )
     return found
+
+
+def _take_tokens_as_actions(objective: BuiltObjective) -> list[tuple[str, float]]:
+    """What of an objective has an expectation over the student's tokens in its gradient, and at which temperature: the
+    loss's, but for a reward, which is of the text that the student writes at temperature 1."""
+    policies: list[SampledKlObjective | MiniLlmObjective | MomentMatchingObjective] = [
+        *(own for own in terms_of_type(objective, SampledKlObjective) if own.estimator == "policy_gradient"),
+        *terms_of_type(objective, MiniLlmObjective),
+        *(
+            own
+            for own in terms_of_type(objective, MomentMatchingObjective)
+            if own.future_credit == "mc" and own.learns_from_student
+        ),
+    ]
+    found: list[tuple[str, float]] = [(own.type, 1.0) for own in terms_of_type(objective, RlGkdObjective)]
+    found += [(own.type, own.temperature) for own in policies]
+    return list(dict.fromkeys(found))
 
 
 def _objective(config: Config) -> Objective:

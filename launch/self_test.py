@@ -5,13 +5,12 @@ student's forward pass, into the real objective. What comes out is known beforeh
 own that is none, or an architecture that cannot be trained here, shows before a worker starts.
 """
 
-import copy
 from typing import Any
 
 import torch
 
 from gkd.config.divergence import DivergenceConfig
-from gkd.config.objective import BuiltObjective, DistillObjective, SeqKdObjective
+from gkd.config.objective import BuiltObjective, DistillObjective, RlGkdObjective, SeqKdObjective, SumObjective
 from gkd.errors import UserError
 from gkd.logits import WholeLogits
 from gkd.objectives import ObjectiveInputs, build_objective
@@ -19,16 +18,12 @@ from gkd.packing import pack
 from gkd.reduce import sequence_token_weights, weighted_sum
 from gkd.response_forward import ResponseForward
 from gkd.teacher_view import WholeView
-from launch.models import head_width
+from launch.small_copy import small_copy
 
 _TOLERANCE = 1e-5
 """Largest loss in nats, and largest gradient with respect to a logit, that rounding explains."""
-_ROWS = 512
-_LAYERS = 2
 _LENGTHS = ((3, 6), (1, 2), (5, 4), (2, 1))
 """(prompt tokens, response tokens) of the sequences; some of them fit into one row together."""
-_LARGE = 20_000_000
-"""Parameters above which widths are cut too, so that the test takes no longer for large models."""
 
 
 def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None:
@@ -45,10 +40,12 @@ def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None
     Raises:
         UserError: if the architecture is not supported, or if loss or gradient are not 0.
     """
+    from transformers import AutoConfig
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
-            model = _small_copy(path)
+            model = small_copy(AutoConfig.from_pretrained(path))
         except Exception as error:  # cutting a config down can break it in ways that only its own code knows
             return f"the self-test was left out: no small {path} can be made ({_reason(error)})"
         if not _is_causal(model):
@@ -64,8 +61,8 @@ def self_test(path: str, objective: BuiltObjective, *, field: str) -> str | None
             raise UserError(
                 field, path, f"cannot be trained on packed responses: {_reason(error)}.", "Use another architecture."
             ) from None
-        if isinstance(objective, DistillObjective | SeqKdObjective) and objective.divergence is not None:
-            _check_zero(forward, objective, objective.divergence)
+        for at, measuring, divergence in _divergences(objective, "objective"):
+            _check_zero(forward, measuring, divergence, field=at)
     return None
 
 
@@ -80,10 +77,22 @@ def _is_causal(model: Any) -> bool:
     return torch.allclose(before, after, atol=1e-4)
 
 
-def _check_zero(
-    forward: ResponseForward, config: DistillObjective | SeqKdObjective, divergence: DivergenceConfig
-) -> None:
-    objective = build_objective(config)
+def _divergences(objective: BuiltObjective, field: str) -> list[tuple[str, BuiltObjective, DivergenceConfig]]:
+    """Field, objective and divergence of all that measures one: the objective itself, or terms of a sum."""
+    match objective:
+        case SumObjective(terms=terms):
+            inner = [(f"{field}.terms.{place}.objective", term.objective) for place, term in enumerate(terms)]
+            return [found for at, own in inner for found in _divergences(own, at)]
+        case DistillObjective(divergence=divergence) | RlGkdObjective(divergence=divergence):
+            return [(field, objective, divergence)]
+        case SeqKdObjective(divergence=divergence) if divergence is not None:
+            return [(field, objective, divergence)]
+        case _:
+            return []
+
+
+def _check_zero(forward: ResponseForward, config: BuiltObjective, divergence: DivergenceConfig, *, field: str) -> None:
+    objective = build_objective(config, field=field)
     rows = forward.num_head_rows
     sequences = [torch.randint(0, rows, (prompt + response,)).tolist() for prompt, response in _LENGTHS]
     prompts = [tokens[:prompt] for tokens, (prompt, _) in zip(sequences, _LENGTHS, strict=True)]
@@ -102,23 +111,26 @@ def _check_zero(
             mask_T=torch.ones_like(packed.response_ids_T, dtype=torch.bool),
             lengths=packed.response_lengths,
             on_policy_N=torch.ones(len(prompts), dtype=torch.bool),
+            # Rewards that are all the same have no part in the loss.
+            advantages_N=torch.zeros(len(prompts)),
+            sequence_scale_N=torch.ones(len(prompts)),
         )
     )
     token_weights = torch.tensor(sequence_token_weights(packed.response_lengths, config.reduction))
     weights_T = torch.repeat_interleave(token_weights, torch.tensor(packed.response_lengths))
     loss = weighted_sum(output.loss_T, weights_T, output.mask_T)
     if not abs(loss.item()) <= _TOLERANCE:
-        raise _wrong(divergence, f"is {loss.item():.3g}")
+        raise _wrong(divergence, f"is {loss.item():.3g}", field=field)
     loss.backward()
     assert student_TV.grad is not None
     gradient = student_TV.grad.abs().max().item()
     if not gradient <= _TOLERANCE:
-        raise _wrong(divergence, f"has a gradient of {gradient:.3g}")
+        raise _wrong(divergence, f"has a gradient of {gradient:.3g}", field=field)
 
 
-def _wrong(divergence: DivergenceConfig, found: str) -> UserError:
+def _wrong(divergence: DivergenceConfig, found: str, *, field: str) -> UserError:
     return UserError(
-        "objective.divergence",
+        f"{field}.divergence",
         getattr(divergence, "path", divergence.type),
         f"{found} where teacher and student are the same model.",
         "A divergence is 0 there, and so is its gradient: correct the function.",
@@ -127,65 +139,3 @@ def _wrong(divergence: DivergenceConfig, found: str) -> UserError:
 
 def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(".")
-
-
-def _small_copy(path: str) -> Any:
-    """The architecture with fewer layers and rows, in float32 on the CPU, seen to run."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    config = AutoConfig.from_pretrained(path)
-    _shorten(config.get_text_config())
-    with torch.device("meta"):
-        large = AutoModelForCausalLM.from_config(copy.deepcopy(config)).num_parameters() > _LARGE
-    if large:
-        _narrow(config.get_text_config())
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long), use_cache=False)
-    for parameter in model.parameters():
-        parameter.requires_grad_(False)
-    # The gradient still goes through every layer, and needs memory for this alone.
-    model.get_input_embeddings().weight.requires_grad_(True)
-    return model
-
-
-def _shorten(config: Any) -> None:
-    """Fewer layers and rows. Special tokens may lie beyond the rows that are left."""
-    config.num_hidden_layers = min(config.num_hidden_layers, _LAYERS)
-    derived = isinstance(getattr(type(config), "layer_types", None), property)
-    if getattr(config, "layer_types", None) and not derived:
-        config.layer_types = _varied(config.layer_types, config.num_hidden_layers)
-    config.vocab_size = min(config.vocab_size, _ROWS)
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        token = getattr(config, name, None)
-        if isinstance(token, list) or (isinstance(token, int) and token >= config.vocab_size):
-            setattr(config, name, 0)
-
-
-def _varied(kinds: list[str], number: int) -> list[str]:
-    """The first kinds of layers, with another kind among them if there is one."""
-    chosen = kinds[:number]
-    others = [kind for kind in kinds if kind != chosen[0]]
-    return [*chosen[:-1], others[0]] if others and len(set(chosen)) == 1 and number > 1 else chosen
-
-
-def _narrow(config: Any) -> None:
-    """Cut the widths; an attention head's stays, and so does how many heads share their keys and values."""
-    for name in ("intermediate_size", "ffn_dim", "moe_intermediate_size", "shared_expert_intermediate_size"):
-        if isinstance(width := getattr(config, name, None), int):
-            setattr(config, name, min(width, 256))
-    experts_used = getattr(config, "num_experts_per_tok", None) or 1
-    for name in ("num_experts", "num_local_experts", "n_routed_experts"):
-        if isinstance(number := getattr(config, name, None), int):
-            setattr(config, name, min(number, max(16, 2 * experts_used)))
-    head = head_width(config)
-    if head is None:
-        return
-    heads = config.num_attention_heads
-    shared_by = heads // (getattr(config, "num_key_value_heads", None) or heads)
-    config.num_attention_heads = min(heads, max(2, shared_by))
-    if getattr(config, "num_key_value_heads", None):
-        config.num_key_value_heads = config.num_attention_heads // shared_by
-    if getattr(config, "word_embed_proj_dim", None) == config.hidden_size:
-        config.word_embed_proj_dim = config.num_attention_heads * head
-    config.hidden_size = config.num_attention_heads * head

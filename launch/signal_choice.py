@@ -152,11 +152,18 @@ def choose_signals(config: Config, teachers: Sequence[Architecture], *, rows: in
         rows: V.
 
     Raises:
-        UserError: as `check_signal`; or if the objective reads hidden states, and the teachers' are of several widths.
+        UserError: as `check_signal`; or if hidden states have to be sent, and those of a teacher are not all that its
+            logits are made of, or the objective reads them and the teachers' are of several widths.
     """
     possible = check_signal(config)
     if not teachers or not possible:
         return ()
+    possible = tuple(
+        kinds if teacher.head_alone else _without_hidden(field, own.model, kinds, teacher, _required(config)[1])
+        for field, own, kinds, teacher in zip(
+            config.teacher_fields, config.all_teachers, possible, teachers, strict=True
+        )
+    )
     widths = {teacher.hidden_size for teacher in teachers}
     if len(widths) > 1 and _reads_hidden(config):
         raise UserError(
@@ -166,6 +173,22 @@ def choose_signals(config: Config, teachers: Sequence[Architecture], *, rows: in
             "Use teachers of one width.",
         )
     return tuple(_smallest(kinds, teacher, rows) for kinds, teacher in zip(possible, teachers, strict=True))
+
+
+def _without_hidden(
+    field: str, model: str | None, possible: frozenset[SignalKind], teacher: Architecture, who: str
+) -> frozenset[SignalKind]:
+    """The kinds that would do, but for hidden states: the teacher's logits are more than its head applied to them."""
+    left = possible - {SignalKind.HIDDEN_STATES}
+    if not left:
+        raise UserError(
+            f"{field}.model",
+            model,
+            f"is a {teacher.name}, whose logits are made of more than its head and its last hidden states, and hidden "
+            f"states are to be sent to {who}.",
+            "Set teacher.signal to full_logits if the objective takes them, or use another teacher or objective.",
+        )
+    return left
 
 
 def _reads_hidden(config: Config) -> bool:

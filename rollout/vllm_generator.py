@@ -205,11 +205,12 @@ class VllmGenerator:
         """Rollouts of held-out prompts from the current weights, sorted by identity.
 
         A sampled answer has the same seed each time it is asked for, so that evaluations differ by the weights alone.
+        It carries the most probable tokens as a training rollout does: a sparse teacher scores these, too.
         What else finishes meanwhile is returned by the next `step`.
         """
         for i, prompt in enumerate(prompts):
             seed = derive_seed(self._settings.seed, "answer", prompt.id.prompt_index, prompt.id.sample_index)
-            params = self._sampling_params(seed=seed, temperature=temperature)
+            params = self._sampling_params(seed=seed, temperature=temperature, top_ids=self._settings.top_ids)
             self._add_request(f"answer-{i}", prompt, params, salt="answer", priority=_AT_ONCE)
         return self._until_done("answer-", len(prompts))
 

@@ -6,6 +6,10 @@ import torch
 
 from gkd.divergences.closed_form import Rows, expectation, log_ratio, through_softmax
 
+_LARGEST_SAFE = 0.95
+"""Weight up to which 1 + x, at least 1 - weight, keeps all but a digit."""
+_CLOSE = 0.5
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ToMixture:
@@ -28,23 +32,45 @@ class ToMixture:
 
     def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
         """[t] nats."""
-        log_m_tV = self._mixture(student, teacher).log_()
-        parts = ((self.teacher_factor, teacher), (self.student_factor, student))
-        values = [factor * expectation(p, log_ratio(p, log_m_tV)) for factor, p in parts if factor]
+        values = []
+        if self.teacher_factor:
+            ratio_tV = _log_ratio_to_mixture(teacher, student, 1 - self.weight)
+            values.append(self.teacher_factor * expectation(teacher, ratio_tV))
+        if self.student_factor:
+            ratio_tV = _log_ratio_to_mixture(student, teacher, self.weight)
+            values.append(self.student_factor * expectation(student, ratio_tV))
         return torch.stack(values).sum(0)
 
     def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
         """[t, V]."""
-        mixture_tV = self._mixture(student, teacher)
         rest = self.teacher_factor - self.weight * (self.teacher_factor + self.student_factor)
-        slopes_tV = torch.zeros_like(mixture_tV)
+        slopes_tV = torch.zeros_like(student.p_tV)
         if rest:
+            mixture_tV = _mixture(student, teacher, self.weight)
             slopes_tV.add_((student.p_tV - teacher.p_tV).div_(mixture_tV), alpha=(1 - self.weight) * rest)
         if self.student_factor:
-            slopes_tV.add_(log_ratio(student, mixture_tV.log_()), alpha=self.student_factor)
+            slopes_tV.add_(_log_ratio_to_mixture(student, teacher, self.weight), alpha=self.student_factor)
         return through_softmax(student, slopes_tV)
 
-    def _mixture(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """M [t, V]; above 0 also where neither has mass: nothing is looked up there, but 0 / 0 would be NaN."""
-        mixture_tV = (teacher.p_tV * self.weight).add_(student.p_tV, alpha=1 - self.weight)
-        return mixture_tV.clamp_(min=torch.finfo(mixture_tV.dtype).tiny)
+
+def _mixture(p: Rows, q: Rows, weight: float) -> torch.Tensor:
+    """p + weight (q - p) [t, V]; above 0 also where neither has mass: nothing is looked up there, but 0 / 0 would be
+    NaN.
+    """
+    mixture_tV = (q.p_tV * weight).add_(p.p_tV, alpha=1 - weight)
+    return mixture_tV.clamp_(min=torch.finfo(mixture_tV.dtype).tiny)
+
+
+def _log_ratio_to_mixture(p: Rows, q: Rows, weight: float) -> torch.Tensor:
+    """log(p / M) [t, V] with M = p + weight (q - p); anything finite where p is 0.
+
+    It is -log(1 + x) with x = weight (q - p) / p: exact where M is close to p, where the difference of two logarithms
+    would be rounding alone, which a normalised JSD divides by beta (1 - beta). That difference is taken only where
+    there may be next to nothing of p in M, so that 1 + x has lost its digits.
+    """
+    x_tV = (q.p_tV - p.p_tV).mul_(weight).div_(p.p_tV.clamp(min=torch.finfo(p.p_tV.dtype).tiny))
+    if weight <= _LARGEST_SAFE:
+        return x_tV.log1p_().neg_()
+    close_tV = x_tV.abs() < _CLOSE
+    ratio_tV = log_ratio(p, _mixture(p, q, weight).log_())
+    return torch.where(close_tV, x_tV.log1p_().neg_(), ratio_tV, out=ratio_tV)

@@ -45,8 +45,12 @@ from gkd.objectives.sft import SupervisedFineTuning
 from gkd.signals import SignalKind
 
 
-def build_divergence(config: DivergenceConfig) -> Divergence:
+def build_divergence(config: DivergenceConfig, *, field: str = "objective.divergence") -> Divergence:
     """The divergence with its options bound.
+
+    Args:
+        config: the divergence's.
+        field: where it stands in the run's config, for messages.
 
     Raises:
         UserError: if a custom divergence cannot be imported, or is no divergence.
@@ -61,14 +65,14 @@ def build_divergence(config: DivergenceConfig) -> Divergence:
         case AdaptiveKl(head_mass=head_mass):
             return partial(divergences.adaptive_kl, head_mass=head_mass)
         case CustomDivergence(path=path, kwargs=kwargs):
-            return _checked(load_object(path, field="objective.divergence.path"), path, kwargs)
+            return _checked(load_object(path, field=f"{field}.path"), path, kwargs, field=f"{field}.path")
         case _:
             return getattr(divergences, config.type)
 
 
-def _checked(function: Any, path: str, kwargs: dict[str, Any]) -> Divergence:
+def _checked(function: Any, path: str, kwargs: dict[str, Any], *, field: str) -> Divergence:
     """A user's function with its options bound, once it was seen to give one value per token."""
-    field, num_tokens = "objective.divergence.path", 3
+    num_tokens = 3
     try:
         divergence = partial(function, **kwargs)
         loss = divergence(torch.zeros(num_tokens, 5), torch.ones(num_tokens, 5))
@@ -160,6 +164,7 @@ def _build_sum(config: SumObjective, field: str) -> Sum:
 
 
 def _build(config: BuiltObjective, field: str) -> Objective:
+    divergence_of = partial(build_divergence, field=f"{field}.divergence")
     match config:
         case SumObjective():
             return _build_sum(config, field)
@@ -183,14 +188,14 @@ def _build(config: BuiltObjective, field: str) -> Objective:
                 clip_range=config.clip_range,
             )
         case DistillObjective(divergence=divergence, temperature=temperature):
-            return Distill(divergence=build_divergence(divergence), temperature=temperature)
+            return Distill(divergence=divergence_of(divergence), temperature=temperature)
         case SeqKdObjective(divergence=divergence, temperature=temperature) if divergence is not None:
-            return Distill(divergence=build_divergence(divergence), temperature=temperature)
+            return Distill(divergence=divergence_of(divergence), temperature=temperature)
         case SftObjective(temperature=temperature) | SeqKdObjective(temperature=temperature):
             return SupervisedFineTuning(temperature=temperature)
         case RlGkdObjective(divergence=divergence):
             return RlGkd(
-                divergence=build_divergence(divergence),
+                divergence=divergence_of(divergence),
                 alpha=config.alpha,
                 temperature=config.temperature,
                 ratio_clip=config.ratio_clip,

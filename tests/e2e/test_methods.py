@@ -3,11 +3,19 @@
 import pytest
 import torch
 from runs import STEPS, check_ledger, losses, run_and_resume
+from tiny import VOCABULARY
 
 REWARD = '''
 def share_of_a(samples, scale):
     """How much of a response is the letter a."""
     return [scale * s.response.count("a") / max(len(s.response), 1) for s in samples]
+'''
+
+DIVERGENCE = '''
+def scaled_reverse_kl(student_logits_TV, teacher_logits_TV, factor):
+    """As a user would write it."""
+    student, teacher = student_logits_TV.log_softmax(-1), teacher_logits_TV.log_softmax(-1)
+    return factor * (student.exp() * (student - teacher)).sum(-1)
 '''
 
 
@@ -26,11 +34,15 @@ def test_critics_of_moment_matching_survive_a_resume(train):
         assert line["loss/d_off"] <= 2 * line["loss/tv_off"] + 1e-6
 
 
-def test_a_reward_and_sampled_tokens_in_streaming(train, tmp_path):
+def test_a_reward_a_divergence_of_ones_own_and_sampled_tokens_in_streaming(train, tmp_path):
+    """What is the user's own is in files outside the repository, found by their paths alone."""
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")
+    (tmp_path / "divergence.py").write_text(DIVERGENCE, encoding="utf-8")
+    mine = {"type": "custom", "path": f"{tmp_path / 'divergence.py'}:scaled_reverse_kl", "kwargs": {"factor": 3.0}}
     terms = [
         {"weight": 0.5, "objective": {"type": "sampled_kl"}},
-        {"objective": {"type": "rl_gkd", "alpha": 0.5, "divergence": {"type": "reverse_kl"}}},
+        {"objective": {"type": "rl_gkd", "alpha": 0.5, "divergence": mine}},
+        {"objective": {"type": "distill", "divergence": {"type": "reverse_kl"}}},
     ]
     changes = {
         "objective": {"type": "sum", "terms": terms},
@@ -45,6 +57,7 @@ def test_a_reward_and_sampled_tokens_in_streaming(train, tmp_path):
         assert line["reward/mean"] == pytest.approx(sum(own) / len(own))
         assert all(0 <= reward <= 2 for reward in own)
         assert line["staleness/ratio_mean"] > 0
+        assert line["loss/rl_gkd_divergence"] == pytest.approx(3 * line["loss/distill_loss"], rel=1e-3)
     first = metrics[0]
     assert first["staleness/ratio_mean"] == pytest.approx(1.0, abs=1e-3)  # written by the very weights they train
 
@@ -60,14 +73,21 @@ def test_what_travels_does_not_change_what_is_learnt(train, models, signal):
 
 
 @pytest.mark.slow
-def test_a_few_tokens_and_the_rest_in_one_bucket(train):
-    """Less than the exact divergence, for a fraction of the bytes; the student's own favourites are scored, too."""
+def test_a_few_tokens_and_the_rest_in_one_bucket(train, train_file):
+    """Less than the exact divergence, for a fraction of the bytes; the student's own favourites are scored, too, in
+    training and in evaluation."""
     changes = {"objective": {"type": "distill", "divergence": {"type": "reverse_kl"}}, "trainer.max_steps": 1}
+    changes |= {"data.eval": {"path": train_file}, "eval": {"every_steps": 1, "limit": 8, "metrics": ["divergence"]}}
     exact, _, _ = train("exact", changes)
     sparse, _, _ = train(
         "sparse", changes | {"teacher.signal": "top_k", "teacher.top_k": 2, "teacher.student_top_k": 2}
     )
     assert 0.3 * losses(exact)[0] < losses(sparse)[0] <= losses(exact)[0] * (1 + 1e-4)
+    # All that the student may say is among its favourites, so nothing is left for the bucket.
+    everything = {"teacher.signal": "top_k", "teacher.top_k": 1, "teacher.student_top_k": VOCABULARY}
+    favourites, _, _ = train("favourites", changes | everything)
+    assert losses(favourites) == pytest.approx(losses(exact), abs=2e-4)
+    assert favourites[-1]["eval/divergence"] == pytest.approx(exact[-1]["eval/divergence"], abs=2e-4)
 
 
 @pytest.mark.slow

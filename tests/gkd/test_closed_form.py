@@ -52,6 +52,21 @@ def test_float32_is_enough_where_student_and_teacher_are_close(name):
     assert ((single - double).norm(dim=-1) / double.norm(dim=-1)).max() < 4e-3
 
 
+@pytest.mark.parametrize("beta", [1e-6, 1e-4, 0.5, 0.9999, 1 - 1e-6])
+def test_a_normalised_jsd_is_exact_where_student_and_teacher_are_close(beta):
+    """Dividing by beta (1 - beta) makes the rounding of a difference of logarithms large."""
+
+    def jsd(student, teacher):
+        return divergences.generalized_jsd(student, teacher, beta=beta, normalize=True)
+
+    teacher = 3 * random_logits(16, 18)
+    assert not jsd(teacher.clone(), teacher).any()
+    student = teacher + 1e-3 * random_logits(16, 18, seed=1)
+    torch.testing.assert_close(
+        jsd(student, teacher).double(), jsd(student.double(), teacher.double()), rtol=2e-3, atol=1e-10
+    )
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_one_tensor_is_made_beside_the_logits(name, monkeypatch):
     """Student, teacher and gradient, and at most 12 tensors of a block, here of one token."""

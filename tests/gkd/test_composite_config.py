@@ -5,6 +5,7 @@ import yaml
 
 from gkd.config import dump_config, parse_config
 from gkd.errors import UserError
+from gkd.objectives import build_objective
 from gkd.signals import ANY_DISTRIBUTION, SignalKind
 from launch.signal_choice import check_signal
 
@@ -96,3 +97,18 @@ def test_evaluation_and_training_share_a_signal():
     with pytest.raises(UserError, match="Leave it out") as caught:
         check_signal(run(pg, signal="sampled_logprobs", eval={"every_steps": 1}))
     assert caught.value.field == "eval.metrics"
+
+
+@pytest.mark.parametrize("kind", ["distill", "rl_gkd"])
+def test_a_terms_own_divergence_is_named_where_it_stands(kind):
+    broken = {"type": kind, "divergence": {"type": "custom", "path": "math:sqrt"}}
+    inner = {"type": "sum", "terms": [{"objective": {"type": "sft"}}, {"objective": broken}]}
+    for objective, field in (
+        (broken, "objective.divergence.path"),
+        (inner, "objective.terms.1.objective.divergence.path"),
+        (total({"objective": inner}), "objective.terms.0.objective.terms.1.objective.divergence.path"),
+    ):
+        reward = {"reward": {"path": "reward_functions:lengths"}} if kind == "rl_gkd" else {}
+        with pytest.raises(UserError, match="fails when called") as caught:
+            build_objective(run(objective, **reward).objective)
+        assert caught.value.field == field

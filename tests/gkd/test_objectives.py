@@ -38,6 +38,39 @@ def test_bfloat16_logits_are_raised_before_they_are_divided():
     torch.testing.assert_close(output.loss_T.double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("divergence", [divergences.forward_kl, divergences.reverse_kl])
+def test_no_gradient_flows_through_sampling(divergence):
+    """All responses of two tokens of a toy policy, a table with one row of logits for each of its four states.
+
+    What the student writes is data: the expected gradient is that of the divergence at the states that it visits, and
+    not that of how often it visits them. And it is the same whichever tokens were sampled there.
+    """
+    random = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(4, 3, generator=random, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    distill = Distill(divergence=divergence, temperature=1.0)
+
+    def loss_of(first, second):
+        states = [0, 1 + first]
+        return distill(objective_inputs(student[states], teacher[states], ids=[first, second])).loss_T.mean()
+
+    def gradient(loss):
+        return torch.autograd.grad(loss, student, retain_graph=True)[0]
+
+    p = student.softmax(-1)
+    found = sum(
+        (p[0, first] * p[1 + first, second]).item() * gradient(loss_of(first, second))
+        for first in range(3)
+        for second in range(3)
+    )
+    per_state = getattr(naive, divergence.__name__)(student, teacher)
+    visits = torch.cat([torch.ones(1), p[0]]) / 2
+    torch.testing.assert_close(found, gradient((visits.detach() * per_state).sum()))
+    through = gradient((visits * per_state).sum())
+    assert (found[0] - through[0]).abs().max() > 0.01  # the first token decides which state is visited
+    assert torch.equal(gradient(loss_of(1, 0)), gradient(loss_of(1, 2)))
+
+
 def test_a_missing_teacher_is_an_error():
     with pytest.raises(ValueError, match="no teacher signal"):
         Distill(divergence=divergences.forward_kl, temperature=1.0)(objective_inputs(logits()[0]))

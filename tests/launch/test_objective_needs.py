@@ -69,6 +69,23 @@ def test_what_is_worth_knowing(tmp_path):
     assert "no use for rewards" in notes(reward=REWARD)
     assert "biased" in notes(objective=RL, reward=REWARD, rollout={"temperature": 0.9})
     assert "biased" in notes(objective=RL, reward=REWARD, rollout={"top_p": 0.9})
+    for objective in ({"type": "sampled_kl"}, {"type": "minillm"}, {"type": "moment_matching", "future_credit": "mc"}):
+        both = {
+            "objective": objective,
+            "data": {"on_policy_fraction": 0.5},
+        }
+        assert notes(**both) == ""
+        assert f"{objective['type']} takes samples as drawn at temperature 1 " in notes(**both, rollout={"top_p": 0.9})
+        hot = both | {"objective": objective | {"temperature": 2.0}}  # the expectation is at the loss temperature
+        assert "as drawn at temperature 2 " in notes(**hot) and notes(**hot, rollout={"temperature": 2.0}) == ""
+    for objective in ({"type": "sampled_kl", "estimator": "monte_carlo"}, {"type": "moment_matching"}, KL):
+        assert notes(objective=objective, data={"on_policy_fraction": 0.5}, rollout={"temperature": 0.9}) == ""
+    two = notes(
+        objective={"type": "sum", "terms": [{"objective": RL}, {"objective": {"type": "minillm"}}]},
+        reward=REWARD,
+        rollout={"temperature": 0.5},
+    )
+    assert "rl_gkd takes" in two and "minillm takes" in two
     assert "docs/STALENESS.md" in notes(objective=CUSTOM, reward=REWARD, sync={"max_staleness": 2})
     assert notes(objective=RL, reward=REWARD, sync={"max_staleness": 2}) == ""
 

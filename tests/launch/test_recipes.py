@@ -1,6 +1,7 @@
 """The shipped recipes pass the check on a host that has none of their models and data."""
 
 import io
+import re
 from pathlib import Path
 
 import pytest
@@ -46,3 +47,19 @@ def test_the_recipe_on_plain_text_passes_the_check(tmp_path):
 
 def test_every_recipe_is_tried():
     assert len(list(CONFIGS.glob("*.yaml"))) == 3
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("examples/*.yaml")), ids=lambda path: path.stem)
+def test_an_example_passes_the_check_once_its_data_is_there(path, tmp_path, monkeypatch):
+    """From the repository's folder, where its header's commands run: plug-ins are named by relative paths."""
+    monkeypatch.chdir(CONFIGS.parent)
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "1+2=", "completion": "03"}\n')
+    tree = re.sub(r"outputs/quickstart/data/\w+\.jsonl", str(data), path.read_text())
+    here = tmp_path / path.name
+    here.write_text(tree.replace("outputs/quickstart/", f"{tmp_path}/absent/"))  # whether the quickstart was run or not
+    output = io.StringIO()
+    config = load_config(here, [f"run.output_dir={tmp_path}"])
+    run_check(config, Console(file=output, width=400), offline=True)
+    assert f"teacher.model = '{tmp_path}/absent/teacher/export' is not on this host" in output.getvalue()
+    assert f"gkd train configs/examples/{path.name}" in path.read_text()

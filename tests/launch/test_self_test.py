@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import make_config
 
-from gkd.config.objective import DistillObjective, SeqKdObjective, SftObjective
+from gkd.config.objective import DistillObjective, RlGkdObjective, SeqKdObjective, SftObjective, SumObjective
 from gkd.errors import UserError
 from launch.self_test import self_test
 
@@ -37,6 +37,16 @@ def test_every_architecture_and_divergence_passes(architecture, tmp_path):
             assert self_test(path, distill(divergence, **options), field="student.model") is None
 
 
+def test_what_measures_a_divergence_beside_something_else_passes(tmp_path):
+    path = save(tmp_path, make_config("llama"))
+    for divergence in KINDS:
+        rewarded = {"type": "rl_gkd", "divergence": divergence, "alpha": 0.3}
+        assert self_test(path, RlGkdObjective.model_validate(rewarded), field="student.model") is None
+        terms = [{"objective": {"type": "sft"}}, {"objective": rewarded}, {"objective": {"type": "minillm"}}]
+        whole = SumObjective.model_validate({"type": "sum", "reduction": "sequence_mean", "terms": terms})
+        assert self_test(path, whole, field="student.model") is None
+
+
 def test_what_is_random_elsewhere_stays_as_it_was(tmp_path):
     path = save(tmp_path, make_config("llama"))
     torch.manual_seed(1)
@@ -58,6 +68,18 @@ def test_what_is_no_divergence_is_refused(tmp_path, name, found):
     of_sequences = SeqKdObjective.model_validate({"type": "seq_kd", "form": "divergence", "divergence": custom})
     with pytest.raises(UserError, match=f"{found} where teacher and student are the same model"):
         self_test(path, of_sequences, field="student.model")
+    rewarded = {"type": "rl_gkd", "divergence": custom}
+    with pytest.raises(UserError, match=f"{found} where teacher and student are the same model"):
+        self_test(path, RlGkdObjective.model_validate(rewarded), field="student.model")
+    sft, whole = (
+        {"objective": {"type": "sft"}},
+        {"objective": {"type": "distill", "divergence": {"type": "reverse_kl"}}},
+    )
+    for number, own in enumerate((rewarded, {"type": "distill", "divergence": custom}), start=2):
+        terms = [sft, *[whole] * (number - 1), {"weight": 0.1, "objective": own}]
+        with pytest.raises(UserError, match=f"{found} where teacher and student are the same model") as caught:
+            self_test(path, SumObjective.model_validate({"type": "sum", "terms": terms}), field="student.model")
+        assert caught.value.field == f"objective.terms.{number}.objective.divergence"
 
 
 def test_large_models_are_tested_as_quickly(tmp_path):

@@ -108,7 +108,13 @@ def trained(model, teacher, *, tokens=4096, steps=3, reduction="token_mean", **c
 def test_splits_and_sharding_change_neither_losses_nor_critics(model, teacher, reduction):
     reports, critics = trained(model, teacher, reduction=reduction)
     assert [p.shape for p in critics] == [(ROWS, 64), (ROWS, 64)]
-    for changes in ({"tokens": 30}, {"tokens": 1}, {"zero_stage": 2}, {"zero_stage": 3, "tokens": 30}):
+    for changes in (
+        {"tokens": 30},
+        {"tokens": 1},
+        {"zero_stage": 1},
+        {"zero_stage": 2},
+        {"zero_stage": 3, "tokens": 30},
+    ):
         others, other_critics = trained(model, teacher, reduction=reduction, **changes)
         for report, other in zip(reports, others, strict=True):
             assert other.loss == pytest.approx(report.loss, rel=1e-4, abs=1e-5)
@@ -129,7 +135,7 @@ def test_every_step_says_what_was_matched_and_the_bound_holds(model, teacher):
     assert report.loss == pytest.approx((off * found["d_off"] + on * found["d_on"]) / (off + on) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2])
+@pytest.mark.parametrize("zero_stage", [0, 2, 3])
 def test_a_saved_student_goes_on_bit_for_bit_and_its_critics_too(model, teacher, zero_stage, tmp_path):
     batches = [batch(teacher, seed=seed) for seed in range(4)]
 
