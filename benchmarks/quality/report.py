@@ -72,6 +72,8 @@ def _tables(numbers: dict[str, Any]) -> str:
     lines = [f"{numbers['runs']} runs are in `benchmarks/results/quality.jsonl`.", ""]
     if any((row["setting"], row["teacher"]) == ("clean", 0) for row in numbers["methods"]):
         lines += ["![Exact match, reverse KL by position, curves over tokens, distances over steps](results.png)", ""]
+    if not numbers["methods"]:
+        lines += ["All of them are for the choice of learning rates: no method is compared yet."]
     groups = sorted({(row["setting"], row["teacher"]) for row in numbers["methods"]})
     for setting, teacher in groups:
         rows = [row for row in numbers["methods"] if (row["setting"], row["teacher"]) == (setting, teacher)]
