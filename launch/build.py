@@ -12,14 +12,15 @@ from gkd.config.objective import RlGkdObjective, terms_of_type
 from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
 from gkd.stages import stage_seed
-from gkd.types import Prompt, Rollout, SampleId
+from gkd.types import Prompt, SampleId
 from launch.preflight import Facts
 from launch.ray_session import Workers
 from launch.run_folder import StartingPoint, run_state
+from launch.signal_cache import given_texts
 from launch.stages import by_step, compared_stage
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
 from launch.wire import wire_between
-from rollout.mixer import Mixer, from_dataset
+from rollout.mixer import Mixer
 from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
 from rollout.reward_actor import RewardActor, RewardPool
@@ -28,7 +29,6 @@ from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.stages import StagedMixer, StagedRollouts, StagedTeachers
 from rollout.teacher_router import Pool
 from rollout.teacher_text import TeacherText
-from rollout.tokenized import TokenizedData
 from rollout.vllm_generator import GeneratorSettings
 from rollout.vllm_weights import AdapterShape
 from rollout.weights.choice import Wire
@@ -208,7 +208,7 @@ def _evaluator(
 ) -> Callable[[int], dict[str, float]]:
     measures: list[Callable[[], dict[str, float]]] = []
     if "cross_entropy" in config.measured and facts.held_out is not None:
-        measures.append(CrossEntropy(_given(facts.held_out), learner))
+        measures.append(CrossEntropy(given_texts(facts.held_out), learner))
     held_out = _held_out(facts) if config.asks_held_out else None
     if held_out is not None and "exact_match" in config.measured:
         stop_ids, decode = set(facts.stop_ids), facts.student.tokenizer.decode
@@ -266,15 +266,6 @@ def _held_out(facts: Facts) -> HeldOut | None:
         ),
         references=tuple(facts.eval_records[record.index].answer for record in records),
     )
-
-
-def _given(held_out: TokenizedData) -> list[Rollout]:
-    """The held-out data's own completions or text."""
-    return [
-        from_dataset(Prompt(id=SampleId(0, r.index, 0), token_ids=r.prompt_ids, completion=r.completion))
-        for r in held_out.records
-        if r.completion is not None
-    ]
 
 
 def _mixers(config: Config, facts: Facts) -> list[Mixer]:

@@ -128,7 +128,7 @@ def fingerprint(model: str) -> str:
 
 
 def given_texts(data: TokenizedData) -> list[Rollout]:
-    """The dataset's samples, once each."""
+    """The samples of the dataset that have a completion, once each."""
     return [
         from_dataset(
             Prompt(
@@ -140,6 +140,7 @@ def given_texts(data: TokenizedData) -> list[Rollout]:
             )
         )
         for record in data.records
+        if record.completion is not None
     ]
 
 
