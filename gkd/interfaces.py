@@ -91,6 +91,8 @@ class ScoredBatch:
     """As `ScoredGroup.num_found`."""
     rewards: tuple[float, ...] | None = None
     """One per rollout, in their order; None where there is no reward function."""
+    reward_wait_s: float = 0.0
+    """How long the reward function had nothing to do since the batch before."""
     stage: int = 0
     """The stage of the run that the step is in, from 0."""
 
@@ -138,6 +140,10 @@ class Rewards(Protocol):
 
     def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
         """Reward a group of rollouts; delivered under the same key when done, one number each, or None for none."""
+        ...
+
+    def idle_s(self) -> float:
+        """How long the reward function has had nothing to do so far, in seconds."""
         ...
 
 

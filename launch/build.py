@@ -1,30 +1,29 @@
 """From the config to the parts of a run: the only file that sees everything."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import ray
 
-from gkd.advantages import advantages
 from gkd.config import Config
-from gkd.config.objective import RlGkdObjective, terms_of_type
 from gkd.interfaces import Rollouts, Scores
 from gkd.signals import SPARSE
 from gkd.stages import stage_seed
+from gkd.trace import Lane
 from gkd.types import Prompt, SampleId
+from launch.placement import teacher_workers
 from launch.preflight import Facts
 from launch.ray_session import Workers
+from launch.rewards import advantages_of, rewards_of, start_reward
 from launch.run_folder import StartingPoint, run_state
 from launch.signal_cache import given_texts
 from launch.stages import by_step, compared_stage
 from launch.teachers import all_scores, ema_decay, heads, scoring_limits, start_teachers, start_writers, student_top_k
+from launch.trace import NoTrace, Trace
 from launch.wire import wire_between
 from rollout.mixer import Mixer
-from rollout.pipeline import NoRewards, NoRollouts, NoTeacher, Pipeline
+from rollout.pipeline import NoRollouts, NoTeacher, Pipeline
 from rollout.prompts import PromptStream
-from rollout.reward_actor import RewardActor, RewardPool
-from rollout.rewards import RewardSettings
 from rollout.rollout_actor import RolloutActor, RolloutPool
 from rollout.stages import StagedMixer, StagedRollouts, StagedTeachers
 from rollout.teacher_router import Pool
@@ -40,7 +39,7 @@ from trainer.lora import LoraSettings
 from trainer.records import Records
 from trainer.stage import StageSettings
 from trainer.student import StudentSettings
-from trainer.trainer_actor import Advantages, BatchRules, Learner, TrainerActor
+from trainer.trainer_actor import BatchRules, Learner, TrainerActor
 from trainer.weight_sync import AwaitedSync, NoSync, Sync, WeightSync, stop_the_run
 
 _SENDERS = {
@@ -56,6 +55,7 @@ def build_parts(
     facts: Facts,
     start: StartingPoint,
     workers: Workers,
+    trace: Trace | NoTrace,
     *,
     report: Callable[[dict[str, Any]], None],
     warn: Callable[[str], None],
@@ -68,6 +68,7 @@ def build_parts(
         facts: what the preflight found.
         start: where the run begins.
         workers: places reserved for them.
+        trace: records what they do.
         report: shows each step's metrics.
         warn: shows what the user should know while the run goes on.
         stop_requested: whether the user asked to stop.
@@ -81,13 +82,16 @@ def build_parts(
         else []
     )
     writers = start_writers(config, facts, workers)
-    rewards = _rewards(config, facts, workers)
+    reward_workers = start_reward(config, facts, workers)
     timeout_s = config.rollout.timeout_s
     workers.wait_ready(timeout_s)
+    named = {"trainer": ranks, "rollout": engines, "teacher_rollout": writers, "reward": reward_workers}
+    trace.follow(named | dict(zip(teacher_workers(config), teachers, strict=False)))  # no workers where none is asked
+    loop = trace.lane("loop")
 
     learner = Learner(
         ranks,
-        rules=by_step(config, [BatchRules(part.objective.reduction, _advantages(part)) for part in config.parts]),
+        rules=by_step(config, [BatchRules(part.objective.reduction, advantages_of(part)) for part in config.parts]),
         tokens_per_micro_batch=config.trainer.tokens_per_micro_batch,
         timeout_s=timeout_s,
     )
@@ -103,7 +107,7 @@ def build_parts(
             StagedMixer(by_step(config, _mixers(config, facts))),
             _writers(config, rollout_pool, writers, first_step=start.completed_steps + 1),
             _asked(config, scores),
-            rewards,
+            rewards_of(config, facts, reward_workers),
             first_step=start.completed_steps + 1,
             last_step=config.trainer.max_steps,
             max_staleness=config.sync.max_staleness,
@@ -111,8 +115,8 @@ def build_parts(
             stop_requested=stop_requested,
         ),
         learner=learner,
-        sync=_sync(config, learner, rollout_pool, warn),
-        evaluate=_evaluator(config, facts, rollout_pool, scores or NoScores(), learner),
+        sync=_sync(config, learner, rollout_pool, trace.lane("weight sync"), warn),
+        evaluate=_evaluator(config, facts, rollout_pool, scores or NoScores(), learner, loop),
         records=Records(
             config.run.output_dir,
             facts.student.tokenizer.decode,
@@ -121,6 +125,7 @@ def build_parts(
             completed_steps=start.completed_steps,
         ),
         report=report,
+        lane=loop,
     )
 
 
@@ -141,29 +146,7 @@ def _writers(config: Config, students: Rollouts, engines: Sequence[Any], *, firs
     return StagedRollouts(by_step(config, of_each), first_step=first_step)
 
 
-def _rewards(config: Config, facts: Facts, workers: Workers) -> RewardPool | NoRewards:
-    if config.reward is None:
-        return NoRewards()
-    settings = RewardSettings(
-        path=config.reward.path,
-        kwargs=config.reward.kwargs,
-        tokenizer=facts.student.path,
-        stop_ids=facts.stop_ids,
-    )
-    references = by_step(config, [stage.references for stage in facts.stages])
-    return RewardPool(workers.start("reward", RewardActor, settings), references=references)
-
-
-def _advantages(config: Config) -> Advantages | None:
-    """From rewards to advantages: as the objective's rl_gkd terms say, which agree, else against the batch's mean."""
-    if config.reward is None:
-        return None
-    for term in terms_of_type(config.objective, RlGkdObjective):
-        return partial(advantages, baseline=term.baseline, normalize_std=term.normalize_std)
-    return partial(advantages, baseline="batch_mean", normalize_std=False)
-
-
-def _sync(config: Config, learner: Learner, engines: RolloutPool, warn: Callable[[str], None]) -> Sync:
+def _sync(config: Config, learner: Learner, engines: RolloutPool, lane: Lane, warn: Callable[[str], None]) -> Sync:
     if not config.needs_engine:
         return NoSync()
     evaluated, awaited = _evaluated(config), _awaited(config)
@@ -171,6 +154,7 @@ def _sync(config: Config, learner: Learner, engines: RolloutPool, warn: Callable
     sync = WeightSync(
         learner,
         engines,
+        lane,
         due=lambda version: (awaited(version) and version % every == 0) or evaluated(version),
         max_gap=config.max_logprob_gap,
         # In float32 a gap can only be a mistake; bfloat16 rounds differently in the two engines.
@@ -204,7 +188,7 @@ def _evaluated(config: Config) -> Callable[[int], bool]:
 
 
 def _evaluator(
-    config: Config, facts: Facts, engines: RolloutPool, scores: Scores, learner: Learner
+    config: Config, facts: Facts, engines: RolloutPool, scores: Scores, learner: Learner, lane: Lane
 ) -> Callable[[int], dict[str, float]]:
     measures: list[Callable[[], dict[str, float]]] = []
     if "cross_entropy" in config.measured and facts.held_out is not None:
@@ -227,7 +211,7 @@ def _evaluator(
             limits=scoring_limits(config),
         )
         measures.append(divergence)
-    return Evaluator(measures, _evaluated(config))
+    return Evaluator(measures, _evaluated(config), lane)
 
 
 def build_span(config: Config, facts: Facts, start: StartingPoint) -> Span:

@@ -10,6 +10,8 @@ from rich.live import Live
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launch.bottleneck import Bottleneck, Waits
+
 _PLAIN_EVERY_S = 5.0
 
 
@@ -45,21 +47,24 @@ class PlainDisplay:
         self._first_step = completed_steps
         self._max_steps = max_steps
         self._last_line = 0.0
+        self._waits = Waits()
 
     def __enter__(self) -> "PlainDisplay":
         self._started = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Nothing stays open."""
+        """Say what bounded the steps."""
+        _print_bottleneck(self._console, self._name, self._waits.bottleneck())
 
     def show(self, metrics: dict[str, Any]) -> None:
         """A line, if the last one is old enough or this is the last step."""
+        self._waits.add(metrics)
         step, now = metrics["step"], time.monotonic()
         if now - self._last_line < _PLAIN_EVERY_S and step != self._max_steps:
             return
         self._last_line = now
-        facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics, self._stages))
+        facts = "  ".join(f"{name} {value}" for name, value in _facts(metrics, self._stages, self._waits.bottleneck()))
         seconds = (now - self._started) / (step - self._first_step) * (self._max_steps - step)
         self._console.print(
             f"{self._name}  step {step}/{self._max_steps}  {facts}  eta {seconds // 60:.0f}:{seconds % 60:02.0f}",
@@ -74,7 +79,10 @@ class LiveDisplay:
     def __init__(
         self, console: Console, name: str, completed_steps: int, max_steps: int, stages: Sequence[str]
     ) -> None:
+        self._console = console
+        self._name = name
         self._stages = stages
+        self._waits = Waits()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -95,11 +103,13 @@ class LiveDisplay:
 
     def __exit__(self, *_: object) -> None:
         self._live.stop()
+        _print_bottleneck(self._console, self._name, self._waits.bottleneck())
 
     def show(self, metrics: dict[str, Any]) -> None:
         """Redraw with this step."""
+        self._waits.add(metrics)
         table = Table(box=None, padding=(0, 2))
-        facts = _facts(metrics, self._stages)
+        facts = _facts(metrics, self._stages, self._waits.bottleneck())
         for name, _ in facts:
             table.add_column(name, justify="right")
         table.add_row(*(value for _, value in facts))
@@ -131,9 +141,14 @@ class TensorBoard:
                 self._writer.add_scalar(name, value, metrics["step"])
 
 
-def _facts(metrics: dict[str, Any], stages: Sequence[str]) -> list[tuple[str, str]]:
+def _print_bottleneck(console: Console, name: str, found: Bottleneck | None) -> None:
+    if found is not None:
+        console.print(f"{name}: {found}", soft_wrap=True, highlight=False)
+
+
+def _facts(metrics: dict[str, Any], stages: Sequence[str], found: Bottleneck | None) -> list[tuple[str, str]]:
     """The few facts worth watching: the stage of a run that has several, the loss, the on-policy share, the tokens per
-    second of each kind of worker, the gap."""
+    second of each kind of worker, the gap, and what bounds the steps so far."""
     gap = metrics["sync/logprob_gap_max"]
     evaluated = [(name.removeprefix("eval/"), f"{metrics[name]:.4f}") for name in metrics if name.startswith("eval/")]
     return [
@@ -145,6 +160,7 @@ def _facts(metrics: dict[str, Any], stages: Sequence[str]) -> list[tuple[str, st
         ("train tok/s", _rate(metrics["tokens/trained"], metrics["time/train_s"])),
         ("gap", "-" if gap is None else f"{gap:.1e}"),
         ("step s", f"{metrics['time/step_s']:.2f}"),
+        ("bound by", found.stage if found else "-"),
         *evaluated,
     ]
 

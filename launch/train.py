@@ -22,6 +22,7 @@ from launch.ray_session import Workers, joins_cluster, ray_session, resources
 from launch.run_folder import find_start, mark_export, prepare
 from launch.stages import stage_names
 from launch.student_start import first_student
+from launch.trace import NoTrace, Trace
 from launch.wire import wire_between
 from trainer.loop import train
 
@@ -58,6 +59,7 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
         if start.checkpoint is not None:
             console.print(f"{config.run.name}: going on after step {start.completed_steps}")
         with open_workers(places) as workers, _stop_on_signal(console) as stop_requested:
+            trace = _trace(config)
             displays: list[Display] = [
                 make_display(
                     console,
@@ -65,7 +67,8 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
                     start.completed_steps,
                     config.trainer.max_steps,
                     stages=stage_names(config),
-                )
+                ),
+                trace,
             ]
             if config.log.tensorboard:
                 displays.append(TensorBoard(config.run.output_dir / "tensorboard", start.completed_steps))
@@ -80,6 +83,7 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
                     facts,
                     start,
                     workers,
+                    trace,
                     report=show,
                     warn=lambda text: console.print(f"[yellow]warning:[/] {escape(text)}"),
                     stop_requested=stop_requested,
@@ -91,6 +95,12 @@ def run_training(config: Config, console: Console, *, open_workers: Callable[[li
             _export(parts.learner.export, export, step=max(config.trainer.max_steps, start.completed_steps))
     console.print(f"{config.run.name}: done; the model is in {export}")
     return export
+
+
+def _trace(config: Config) -> Trace | NoTrace:
+    if not config.log.trace:
+        return NoTrace()
+    return Trace(config.run.output_dir.absolute() / "trace.json", timeout_s=config.rollout.timeout_s)
 
 
 def _export(export: Callable[[Path], None], folder: Path, *, step: int) -> None:

@@ -84,7 +84,7 @@ class Pipeline:
         rewards.connect(self._callbacks.put, self._group_rewarded)
 
     def __enter__(self) -> "Pipeline":
-        self._idle_s = (self._rollouts.idle_s(), self._teachers.idle_s())
+        self._idle_s = self._idle()
         self._thread.start()
         return self
 
@@ -198,7 +198,7 @@ class Pipeline:
 
     def _finish(self, assembly: _Assembly) -> ScoredBatch:
         scored = [assembly.scored[group] for group in range(len(assembly.plan.groups))]
-        before, self._idle_s = self._idle_s, (self._rollouts.idle_s(), self._teachers.idle_s())
+        before, self._idle_s = self._idle_s, self._idle()
         return ScoredBatch(
             step=assembly.plan.step,
             stage=assembly.plan.stage,
@@ -209,11 +209,16 @@ class Pipeline:
             teacher_s=sum(group.seconds for group in scored),
             rollout_wait_s=self._idle_s[0] - before[0],
             teacher_wait_s=self._idle_s[1] - before[1],
+            reward_wait_s=self._idle_s[2] - before[2],
             signal_bytes=sum(group.num_bytes for group in scored),
             num_looked_up=sum(group.num_looked_up for group in scored),
             num_found=sum(group.num_found for group in scored),
             rewards=_in_order(assembly),
         )
+
+    def _idle(self) -> tuple[float, float, float]:
+        """How long the engines, the teachers and the reward function have had nothing to do so far."""
+        return self._rollouts.idle_s(), self._teachers.idle_s(), self._rewards.idle_s()
 
 
 def _in_order(assembly: _Assembly) -> tuple[float, ...] | None:
@@ -253,6 +258,10 @@ class NoRewards:
     def submit(self, key: GroupKey, rollouts: Sequence[Rollout]) -> None:
         """Deliver no rewards."""
         self._deliver(key, None)
+
+    def idle_s(self) -> float:
+        """There is nobody to wait."""
+        return 0.0
 
 
 class NoRollouts:

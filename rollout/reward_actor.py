@@ -14,7 +14,9 @@ import ray
 
 from gkd.interfaces import GroupKey, Post
 from gkd.stages import ByStep
+from gkd.trace import Lane, TracedWorker
 from gkd.types import Rollout
+from rollout.idle import IdleClock
 from rollout.rewards import RewardScorer, RewardSettings
 
 _GROUPS_AHEAD = 2
@@ -22,10 +24,11 @@ _GROUPS_AHEAD = 2
 
 
 @ray.remote
-class RewardActor:
+class RewardActor(TracedWorker):
     """Holds the reward function."""
 
     def __init__(self, settings: RewardSettings) -> None:
+        super().__init__(Lane())
         self._scorer = RewardScorer(settings)
 
     def ready(self) -> bool:
@@ -34,7 +37,8 @@ class RewardActor:
 
     def score(self, rollouts: Sequence[Rollout], references: Sequence[str | None]) -> list[float]:
         """The reward of each rollout."""
-        return self._scorer.score(rollouts, references)
+        with self._lane.span("reward", samples=len(rollouts)):
+            return self._scorer.score(rollouts, references)
 
 
 class RewardPool:
@@ -46,6 +50,7 @@ class RewardPool:
         self._references = references
         self._waiting: deque[tuple[GroupKey, list[Rollout]]] = deque()
         self._num_calls = 0
+        self._clock = IdleClock()
 
     def connect(self, post: Post, deliver: Callable[[GroupKey, Sequence[float] | None], None]) -> None:
         """Say where rewards go."""
@@ -57,18 +62,25 @@ class RewardPool:
         self._waiting.append((key, list(rollouts)))
         self._hand_out()
 
+    def idle_s(self) -> float:
+        """How long the reward function has had nothing to do so far, in seconds."""
+        return self._clock.read()
+
     def _hand_out(self) -> None:
         while self._waiting and self._num_calls < _GROUPS_AHEAD:
             self._call(*self._waiting.popleft())
 
     def _call(self, key: GroupKey, rollouts: list[Rollout]) -> None:
         self._num_calls += 1
+        self._clock.work()
         of_records = self._references.at(key[0]).value
         references = [of_records[rollout.id.prompt_index] for rollout in rollouts]
 
         def finished(call: "Future[list[float]]") -> None:
             self._num_calls -= 1
             self._hand_out()
+            if self._num_calls == 0:
+                self._clock.rest()
             self._deliver(key, call.result())
 
         # The callback runs on a thread of Ray's; the pipeline's thread does the rest.

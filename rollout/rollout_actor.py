@@ -10,6 +10,7 @@ from typing import Any
 import ray
 
 from gkd.interfaces import Post, WeightUpdate
+from gkd.trace import Lane, TracedWorker
 from gkd.types import Prompt, Rollout
 from rollout.idle import IdleClock
 from rollout.vllm_generator import GeneratorSettings, VllmGenerator
@@ -21,10 +22,11 @@ _CALLS_AHEAD = 2
 
 
 @ray.remote
-class RolloutActor:
+class RolloutActor(TracedWorker):
     """Holds one engine. Ray runs its calls one after the other, so weights change exactly between two engine steps."""
 
     def __init__(self, settings: GeneratorSettings) -> None:
+        super().__init__(Lane())
         self._generator = VllmGenerator(settings)
 
     def ready(self) -> bool:
@@ -35,16 +37,20 @@ class RolloutActor:
         """Take in prompts, then step the engine until something finishes or a few steps have passed."""
         self._generator.add(prompts, temperature=temperature)
         finished: list[Rollout] = []
-        steps = 0
-        ready = not self._generator.updating  # a weight update is several calls, and this one may come between them
-        while ready and self._generator.num_unfinished and not finished and steps < _STEPS_PER_CALL:
-            finished = self._generator.step()
-            steps += 1
+        # A weight update is several calls, and this one may come between them.
+        if self._generator.updating or not self._generator.num_unfinished:
+            return finished
+        with self._lane.span("generate", joins=True, steps=0, finished=0) as span:
+            while self._generator.num_unfinished and not finished and span.facts["steps"] < _STEPS_PER_CALL:
+                finished = self._generator.step()
+                span.facts["steps"] += 1
+            span.facts["finished"] = len(finished)
         return finished
 
     def answer(self, prompts: Sequence[Prompt], temperature: float) -> list[Rollout]:
         """Answers to some prompts from the current weights, beside whatever else is being generated."""
-        return self._generator.answer(prompts, temperature=temperature)
+        with self._lane.span("answer", prompts=len(prompts)):
+            return self._generator.answer(prompts, temperature=temperature)
 
     def held_modules(self) -> tuple[str, ...]:
         """What the engine's model consists of."""
@@ -56,19 +62,24 @@ class RolloutActor:
 
     def start_update(self) -> None:
         """New weights come."""
+        self._update = self._lane.span("weight update").begin()
         self._generator.start_update()
 
     def load_update(self, update: WeightUpdate) -> None:
         """Load one bucket of them; the bucket arrives through the object store, without a copy."""
-        self._generator.load_update(update)
+        with self._lane.span("load bucket"):
+            self._generator.load_update(update)
 
     def finish_update(self, version: int) -> None:
         """They are complete."""
         self._generator.finish_update(version)
+        self._update.facts["version"] = version
+        self._update.end()
 
     def probe(self) -> list[Rollout]:
         """Short rollouts with log-probabilities."""
-        return self._generator.probe()
+        with self._lane.span("probe"):
+            return self._generator.probe()
 
 
 class _Engine:

@@ -1,6 +1,5 @@
 """Ray around the teacher: a thin actor, and the driver's handle on all of them."""
 
-import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -13,6 +12,7 @@ import ray
 from gkd.head import HeadWeights
 from gkd.interfaces import GroupKey, Post, ScoredGroup, SignalRef
 from gkd.signals import TeacherSignal
+from gkd.trace import Lane, TracedWorker
 from gkd.types import Rollout
 from rollout.cached_teacher import CachedTeacher, Teacher
 from rollout.hf_teacher import HfTeacher, TeacherSettings
@@ -39,10 +39,11 @@ class Account:
 
 
 @ray.remote
-class TeacherActor:
+class TeacherActor(TracedWorker):
     """Holds one teacher model. One on transformers never imports vllm, which would break the models built after it."""
 
     def __init__(self, settings: TeacherSettings | VllmTeacherSettings) -> None:
+        super().__init__(Lane())
         start, cache = _starter(settings)
         self._cached = None if cache is None else CachedTeacher(start, cache)
         self._teacher: Teacher = self._cached or start()
@@ -58,11 +59,12 @@ class TeacherActor:
     @ray.method(num_returns=2)
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Account, list[TeacherSignal]]:
         """An account, and the signals: two objects, so that the driver reads the first and never the second."""
-        start = time.perf_counter()
-        signals = self._teacher.score(rollouts)
+        num_tokens = sum(rollout.num_scored_tokens for rollout in rollouts)
+        with self._lane.span("score", samples=len(rollouts), tokens=num_tokens) as scoring:
+            signals = self._teacher.score(rollouts)
         num_bytes = sum(signal.num_bytes for signal in signals)
         looked_up = (self._cached.num_looked_up, self._cached.num_found) if self._cached else ()
-        return Account(time.perf_counter() - start, num_bytes, *looked_up), signals
+        return Account(scoring.seconds, num_bytes, *looked_up), signals
 
 
 def _starter(settings: TeacherSettings | VllmTeacherSettings) -> tuple[Callable[[], Teacher], CacheSettings | None]:

@@ -1,7 +1,6 @@
 """Evaluation while training: the live engines answer held-out prompts, the ranks compare with the teacher, and read
 what the held-out data says itself."""
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ from gkd.config.divergence import DivergenceConfig
 from gkd.evaluation import exact_match
 from gkd.interfaces import Answers, Scores, SignalRef
 from gkd.scoring import GroupLimits, scoring_groups
+from gkd.trace import Lane
 from gkd.types import Prompt, Rollout, SampleId
 
 _PROMPTS_PER_CALL = 128
@@ -136,19 +136,23 @@ class CrossEntropy:
 class Evaluator:
     """Measures at every so many steps, and at the last one."""
 
-    def __init__(self, measures: Sequence[Callable[[], dict[str, float]]], due: Callable[[int], bool]) -> None:
+    def __init__(
+        self, measures: Sequence[Callable[[], dict[str, float]]], due: Callable[[int], bool], lane: Lane
+    ) -> None:
+        """`due` says after which steps; `lane` is that of the training loop, which waits."""
         self._measures = measures
         self._due = due
+        self._lane = lane
 
     def __call__(self, step: int) -> dict[str, float]:
         """The `eval/` metrics after a step; nothing where none are due."""
         if not self._due(step):
             return {}
-        start = time.perf_counter()
         results: dict[str, float] = {}
-        for measure in self._measures:
-            results |= measure()
-        return results | {"time/eval_s": time.perf_counter() - start}
+        with self._lane.span("evaluate", step=step) as evaluating:
+            for measure in self._measures:
+                results |= measure()
+        return results | {"time/eval_s": evaluating.seconds}
 
 
 class NoScores:

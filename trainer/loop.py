@@ -1,12 +1,12 @@
 """The training loop. Everything it calls was chosen when the run was built."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gkd.errors import Interrupted
+from gkd.trace import Lane
 from trainer import checkpoint
 from trainer.best import Best
 from trainer.metrics import step_metrics
@@ -30,6 +30,8 @@ class Parts:
     """Files of the run."""
     report: Callable[[dict[str, Any]], None]
     """Shows a step's metrics while the run goes on."""
+    lane: Lane
+    """Measures the loop, and records it where a timeline is asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,32 +70,33 @@ def train(parts: Parts, span: Span) -> None:
     if span.completed_steps >= span.max_steps:
         return
     with parts.records as records, parts.pipeline as pipeline:
-        parts.sync.push(span.completed_steps, pipeline.release)
-        batch = pipeline.take()
+        with parts.lane.span("wait", step=span.completed_steps):
+            parts.sync.push(span.completed_steps, pipeline.release)
+            batch = pipeline.take()
         for step in range(span.completed_steps + 1, span.max_steps + 1):
             if batch is None:
                 saved = "; a checkpoint is saved" if step > 1 else ""
                 raise Interrupted(f"stopped after step {step - 1}{saved}")
-            started = time.perf_counter()
-            trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals, batch.rewards)
+            with parts.lane.span("train", step=step) as training:
+                trained = parts.learner.step(step, batch.rollouts, batch.groups, batch.signals, batch.rewards)
             batch = batch.without_signals()
-            train_s = time.perf_counter() - started
-            with BackgroundPush(parts.sync, step, served=pipeline.release, failed=pipeline.fail) as push:
+            push = BackgroundPush(parts.sync, step, served=pipeline.release, failed=pipeline.fail)
+            with parts.lane.span("wait", step=step) as waiting, push:
                 following = pipeline.take() if step < span.max_steps else None
-            wait_s = time.perf_counter() - started - train_s
             stops = following is None
-            metrics = step_metrics(batch, trained, push.report, train_s=train_s, wait_s=wait_s)
+            metrics = step_metrics(batch, trained, push.report, train_s=training.seconds, wait_s=waiting.seconds)
             metrics |= parts.evaluate(step) if not stops or step == span.max_steps else {}
             records.write(step, metrics, batch.rollouts, batch.rewards)
             parts.report(metrics)
             if span.best.update(step, metrics) or stops or span.saves_at(step):
                 records.flush_to_disk()  # a checkpoint must never know more than the ledger
-                checkpoint.write(
-                    span.checkpoints,
-                    step,
-                    span.state | {"best": span.best.state()},
-                    parts.learner.save,
-                    keep_last=span.keep_last,
-                    keep_step=span.best.step,
-                )
+                with parts.lane.span("checkpoint", step=step):
+                    checkpoint.write(
+                        span.checkpoints,
+                        step,
+                        span.state | {"best": span.best.state()},
+                        parts.learner.save,
+                        keep_last=span.keep_last,
+                        keep_step=span.best.step,
+                    )
             batch = following

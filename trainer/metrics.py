@@ -69,4 +69,5 @@ def _reward_metrics(batch: ScoredBatch) -> dict[str, float]:
         return {}
     pairs = zip(batch.rollouts, batch.rewards, strict=True)
     own = [reward for rollout, reward in pairs if rollout.source == "student"]
-    return {"reward/mean": fmean(own), "reward/std": pstdev(own)} if own else {}
+    measured = {"reward/mean": fmean(own), "reward/std": pstdev(own)} if own else {}
+    return measured | {"time/reward_wait_s": batch.reward_wait_s}

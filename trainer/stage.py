@@ -10,6 +10,7 @@ import torch
 from gkd.config.objective import BuiltObjective
 from gkd.objectives import build_objective
 from gkd.objectives.base import adversaries_of
+from gkd.trace import Lane
 from gkd.types import ScoredRollout
 from trainer.adversary import AdversaryAscent
 from trainer.deepspeed_engine import DeepSpeedEngine
@@ -41,7 +42,9 @@ class StageSettings:
 class Stage:
     """Makes the optimizer steps of a stage. Critics begin with it and end with it; the optimizer's state goes on."""
 
-    def __init__(self, settings: StageSettings, engine: DeepSpeedEngine, batches: MicroBatches, *, seed: int) -> None:
+    def __init__(
+        self, settings: StageSettings, engine: DeepSpeedEngine, batches: MicroBatches, lane: Lane, *, seed: int
+    ) -> None:
         """`seed` is of what begins with the stage."""
         self._settings = settings
         objective = build_objective(settings.objective)
@@ -51,7 +54,7 @@ class Stage:
             AdversaryAscent(adversary, engine, batches, seed=seed, suffix=suffix)
             for adversary, suffix in zip(adversaries, suffixes, strict=True)
         ]
-        self._step = TrainStep(engine, batches, objective, before=self._ascents)
+        self._step = TrainStep(engine, batches, objective, lane, before=self._ascents)
 
     def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:
         """Step `number` of the stage, from 1, on this rank's share of the batch."""

@@ -13,6 +13,7 @@ import torch
 
 from gkd.objectives.base import Objective, ObjectiveInputs
 from gkd.reduce import metric_means, metric_sums, weighted_sum
+from gkd.trace import Lane
 from gkd.types import ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine
 from trainer.micro_batch import MicroBatches
@@ -63,6 +64,7 @@ class TrainStep:
         engine: DeepSpeedEngine,
         batches: MicroBatches,
         objective: Objective,
+        lane: Lane,
         *,
         before: Sequence[BeforeStudent],
     ) -> None:
@@ -70,6 +72,7 @@ class TrainStep:
         self._engine = engine
         self._batches = batches
         self._objective = objective
+        self._lane = lane
         self._before = before
 
     def __call__(
@@ -90,11 +93,14 @@ class TrainStep:
         """
         learnt: dict[str, float] = {}
         for learn in self._before:
-            learnt |= learn(number, samples, share, learning_rate=learning_rate)
+            with self._lane.span("adversary"):
+                learnt |= learn(number, samples, share, learning_rate=learning_rate)
         totals: dict[str, float] = defaultdict(float)
         reports: dict[int, SampleReport] = {}
         for places in share.micro_batches:
-            for name, value in self._micro_batch(samples, share, places, reports).items():
+            with self._lane.span("micro-batch", samples=len(places)):
+                sums = self._micro_batch(samples, share, places, reports)
+            for name, value in sums.items():
                 totals[name] += value
         totals = self._engine.sum_over_ranks(totals)
         if not math.isfinite(totals["total"]):
@@ -103,7 +109,8 @@ class TrainStep:
                 "learning rate that is too high (trainer.learning_rate), no clipping (trainer.grad_clip), or a teacher "
                 "that gives probability 0 to a token"
             )
-        grad_norm = self._engine.step(learning_rate)
+        with self._lane.span("optimizer"):
+            grad_norm = self._engine.step(learning_rate)
         return StepReport(
             loss=totals.pop("total"),
             num_tokens=round(totals.pop("tokens")),

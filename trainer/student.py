@@ -22,6 +22,7 @@ from gkd.packing import pack
 from gkd.response_forward import ResponseForward
 from gkd.seeds import derive_seed
 from gkd.stages import ByStep, InStage, stage_seed
+from gkd.trace import Lane
 from gkd.types import Rollout, ScoredRollout
 from trainer.deepspeed_engine import DeepSpeedEngine, EngineSettings
 from trainer.ema import WeightAverage
@@ -82,6 +83,8 @@ class Student:
 
     def __init__(self, settings: StudentSettings) -> None:
         self._settings = settings
+        self.lane = Lane()
+        """Where this rank records what it does."""
         self._model = load_student(
             settings.model,
             dtype=settings.engine.dtype,
@@ -118,7 +121,8 @@ class Student:
         if not at.value.objective.needs_teacher:
             batches = MicroBatches(self._forward, self._sent, rows=settings.rows)
         self._stage_number = at.stage
-        self._stage = Stage(at.value, self._engine, batches, seed=stage_seed(settings.seed, at.stage))
+        seed = stage_seed(settings.seed, at.stage)
+        self._stage = Stage(at.value, self._engine, batches, self.lane, seed=seed)
 
     def step(self, number: int, samples: Sequence[ScoredRollout], share: RankShare) -> StepReport:
         """Optimizer step `number` of the run, from 1, on this rank's share of the batch."""

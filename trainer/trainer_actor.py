@@ -11,6 +11,7 @@ from gkd.config.objective import DivergenceConfig, Reduction
 from gkd.interfaces import MixedSignals, WeightUpdate
 from gkd.signals import Mixture, TeacherSignal
 from gkd.stages import ByStep
+from gkd.trace import TracedWorker
 from gkd.types import Rollout, SampleId, ScoredRollout
 from trainer.share import RankShare, share_out
 from trainer.step import StepReport
@@ -21,11 +22,12 @@ Advantages = Callable[[Sequence[Rollout], Sequence[float]], Sequence[float]]
 
 
 @ray.remote
-class TrainerActor:
+class TrainerActor(TracedWorker):
     """One rank."""
 
     def __init__(self, settings: StudentSettings) -> None:
         self._student = Student(settings)
+        super().__init__(self._student.lane)
 
     def ready(self) -> bool:
         """Returns once model and engine are up."""
@@ -33,11 +35,15 @@ class TrainerActor:
 
     def step(self, number: int, part: "RankPart") -> StepReport:
         """Train on a share whose signals are still in the object store."""
-        return self._student.step(number, part.open(), part.share)
+        with self._lane.span("step", step=number):
+            with self._lane.span("fetch signals"):
+                samples = part.open()
+            return self._student.step(number, samples, part.share)
 
     def logprobs(self, rollouts: Sequence[Rollout]) -> list[list[float]]:
         """Log-probabilities of responses under the current weights."""
-        return self._student.logprobs(rollouts)
+        with self._lane.span("score probe"):
+            return self._student.logprobs(rollouts)
 
     def take_heads(self, heads: dict[str, Any]) -> None:
         """Handles to the heads of the teachers that send hidden states, by name."""
@@ -45,11 +51,13 @@ class TrainerActor:
 
     def divergence(self, part: "RankPart", config: DivergenceConfig, temperature: float) -> tuple[float, int]:
         """Sum of a divergence over the response tokens of all ranks, and their number."""
-        return self._student.divergence(part.open(), part.share, config, temperature)
+        with self._lane.span("divergence"):
+            return self._student.divergence(part.open(), part.share, config, temperature)
 
     def negative_log_likelihood(self, part: "RankPart") -> tuple[float, int]:
         """Sum over the response tokens of all ranks, and their number."""
-        return self._student.negative_log_likelihood(part.open(), part.share)
+        with self._lane.span("cross entropy"):
+            return self._student.negative_log_likelihood(part.open(), part.share)
 
     def open_wire(self, workers: Sequence[int], modules: Collection[str]) -> list[dict[str, Any]]:
         """What each engine needs to know to be connected."""
@@ -61,11 +69,13 @@ class TrainerActor:
 
     def send_weights(self) -> Iterator[WeightUpdate]:
         """One message a bucket; each becomes an object that the driver owns."""
-        yield from self._student.send_weights()
+        with self._lane.span("send weights"):
+            yield from self._student.send_weights()
 
     def follow_weights(self) -> None:
         """Help rank 0 to send."""
-        self._student.follow_weights()
+        with self._lane.span("send weights"):
+            self._student.follow_weights()
 
     def sent_bytes(self) -> int:
         """Bytes of the last `send_weights`."""
@@ -73,7 +83,8 @@ class TrainerActor:
 
     def save(self, folder: Path) -> None:
         """Write training state."""
-        self._student.save(folder)
+        with self._lane.span("save"):
+            self._student.save(folder)
 
     def load(self, folder: Path, completed_steps: int) -> None:
         """Read the training state after so many steps."""

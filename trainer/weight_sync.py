@@ -2,12 +2,12 @@
 
 import math
 import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 from gkd.interfaces import WeightReceivers, WeightUpdate
+from gkd.trace import Lane
 from gkd.types import Rollout
 
 
@@ -64,6 +64,7 @@ class WeightSync:
         self,
         trainer: Publisher,
         engines: WeightReceivers,
+        lane: Lane,
         *,
         due: Callable[[int], bool],
         max_gap: float | None,
@@ -74,12 +75,14 @@ class WeightSync:
         Args:
             trainer: sends.
             engines: receive.
+            lane: where the sync records what it does.
             due: whether a version is to be pushed; the first one always is.
             max_gap: in nats; None only measures.
             on_gap: told of a larger gap: it raises, or warns.
         """
         self._trainer = trainer
         self._engines = engines
+        self._lane = lane
         self._due = due
         self._max_gap = max_gap
         self._on_gap = on_gap
@@ -93,13 +96,16 @@ class WeightSync:
         """
         if self._version is not None and not self._due(version):
             return SyncReport(version=self._version, seconds=0.0, num_bytes=0, logprob_gap_max=None)
-        start = time.perf_counter()
-        self._engines.update_weights(version, self._trainer.publish())
-        probe = self._engines.probe()
-        # The probe is generated: from here on the engines are free, while the trainer scores it.
-        served(version)
-        self._version = version
-        gap = self._gap(probe)
+        with self._lane.span("sync", version=version) as syncing:
+            with self._lane.span("transfer"):
+                self._engines.update_weights(version, self._trainer.publish())
+            with self._lane.span("probe"):
+                probe = self._engines.probe()
+            # The probe is generated: from here on the engines are free, while the trainer scores it.
+            served(version)
+            self._version = version
+            with self._lane.span("proof"):
+                gap = self._gap(probe)
         if self._max_gap is not None and not gap <= self._max_gap:
             self._on_gap(
                 f"after the sync of version {version} the rollout engine's log-probabilities differ from the "
@@ -109,7 +115,7 @@ class WeightSync:
             )
         return SyncReport(
             version=version,
-            seconds=time.perf_counter() - start,
+            seconds=syncing.seconds,
             num_bytes=self._trainer.sent_bytes(),
             logprob_gap_max=gap,
         )

@@ -14,7 +14,6 @@ def refuse_unbuilt(config: Config) -> None:
     unbuilt: list[tuple[str, object, bool, str]] = [
         ("rollout.max_restarts", rollout.max_restarts, rollout.max_restarts > 0, "Use 0."),
         ("log.wandb", config.log.wandb, config.log.wandb, "Read metrics.jsonl."),
-        ("log.trace", config.log.trace, config.log.trace, "Read the time/ keys of metrics.jsonl."),
     ]
     for at, teacher in zip(config.teacher_fields, config.all_teachers, strict=True):
         unbuilt.append((f"{at}.signal", teacher.signal, teacher.signal == "attention_relations", "Use auto."))

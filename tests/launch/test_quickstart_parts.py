@@ -60,6 +60,8 @@ def line(step, *, gap):
         "time/teacher_s": 0.25,
         "time/train_s": 0.1,
         "time/train_wait_s": 0.6,
+        "time/rollout_wait_s": 0.2,
+        "time/teacher_wait_s": 0.3,
         "time/step_s": 0.8,
         "sync/seconds": 0.1,
         "sync/logprob_gap_max": gap,

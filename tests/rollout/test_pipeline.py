@@ -371,6 +371,9 @@ class FakeRewards:
     def connect(self, post, deliver):
         self.post, self.deliver = post, deliver
 
+    def idle_s(self):
+        return 0.0
+
     def submit(self, key, rollouts):
         delay = self.delay_s * (3 - key[1] % 3)
         threading.Timer(delay, lambda: self.post(lambda: self.deliver(key, self.result(rollouts)))).start()

@@ -1,5 +1,6 @@
 """The loop with fakes that record what happens when."""
 
+import itertools
 import threading
 import time
 
@@ -7,6 +8,7 @@ import pytest
 
 from gkd.errors import Interrupted
 from gkd.interfaces import ScoredBatch
+from gkd.trace import Lane
 from trainer import checkpoint
 from trainer.best import Best
 from trainer.loop import Parts, Span, train
@@ -78,7 +80,7 @@ class World:
         (folder / "weights").write_text("x")
 
 
-def run(world, folder, *, steps=3, completed=0, evaluate=lambda step: {}, **span):
+def run(world, folder, *, steps=3, completed=0, evaluate=lambda step: {}, lane=None, **span):
     folder.mkdir(exist_ok=True)
     shown = []
     parts = Parts(
@@ -88,6 +90,7 @@ def run(world, folder, *, steps=3, completed=0, evaluate=lambda step: {}, **span
         evaluate=evaluate,
         records=Records(folder, str, rollouts_every=0, rollouts_kept=1, completed_steps=completed),
         report=shown.append,
+        lane=lane or Lane(),
     )
     settings = {"checkpoint_every": 0, "keep_last": 2, "best": Best(None)} | span
     train(
@@ -156,3 +159,18 @@ def test_the_best_step_is_saved_when_it_is_found(tmp_path):
     folder = tmp_path / "run" / "checkpoints"
     assert sorted(path.name for path in folder.iterdir()) == ["step_2", "step_5"]
     assert checkpoint.newest(folder).state["best"] == {"metric": "divergence", "step": 2, "value": 0.4}
+
+
+def test_the_loop_measures_and_records_what_it_does(tmp_path):
+    lane = Lane()
+    lane.start()
+    shown = run(World(push_s=0.02), tmp_path / "run", steps=2, lane=lane)
+    intervals = lane.take()
+    assert [(i.name, i.facts["step"]) for i in intervals] == [
+        ("wait", 0), ("train", 1), ("wait", 1), ("train", 2), ("wait", 2), ("checkpoint", 2),
+    ]  # fmt: skip
+    assert all(before.end_ns <= after.start_ns for before, after in itertools.pairwise(intervals))
+    for step, line in enumerate(shown, 1):
+        seconds = [(i.end_ns - i.start_ns) / 1e9 for i in intervals[2 * step - 1 : 2 * step + 1]]
+        assert [line["train_s"], line["wait_s"]] == pytest.approx(seconds, abs=1e-6)
+        assert line["wait_s"] >= 0.04  # the push is waited for

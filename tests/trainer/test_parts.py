@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from gkd.trace import Lane
 from gkd.types import Rollout, SampleId
 from trainer import checkpoint
 from trainer.best import Best
@@ -134,7 +135,7 @@ class FakeEngines:
 
 
 def sync(logprobs, engines, *, max_gap=1e-3, due=lambda step: True, on_gap=stop_the_run):
-    return WeightSync(FakeTrainer(logprobs), engines, due=due, max_gap=max_gap, on_gap=on_gap)
+    return WeightSync(FakeTrainer(logprobs), engines, Lane(), due=due, max_gap=max_gap, on_gap=on_gap)
 
 
 def test_the_sync_measures_the_gap_and_stops_a_wrong_engine():

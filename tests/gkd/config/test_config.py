@@ -185,7 +185,6 @@ UNBUILT = [
     "teacher.signal=attention_relations",
     "rollout.max_restarts=1",
     "log.wandb=true",
-    "log.trace=true",
 ]
 
 
