@@ -23,6 +23,9 @@ _LANES = 1000
 _FIRST_RANK = 10
 """Number of the first rank's lane in the trainer's group, after those of the driver."""
 
+_LAST_ANSWERS_S = 30.0
+"""How long the end of a run waits for what its workers recorded last."""
+
 
 class NoTrace:
     """In the timeline's place where none is asked for."""
@@ -98,7 +101,7 @@ class Trace:
     """Writes the timeline while it is open; shown each step's metrics, it takes that for the end of a step."""
 
     def __init__(self, path: Path, *, timeout_s: float) -> None:
-        """`path` is a new file, or that of the run that goes on; `timeout_s` is of the last answers."""
+        """`path` is a new file, or that of the run that goes on; the workers start within `timeout_s` seconds."""
         self._path = path
         self._timeout_s = timeout_s
         self._own: list[tuple[_Place, Lane]] = []
@@ -140,16 +143,23 @@ class Trace:
         """Write the rest. Of a run that fails only what is here: its workers may be gone."""
         self._write_own()
         if raised[0] in (None, Interrupted):
-            rest = [worker.actor.stop_trace.remote() for worker in self._followed]
-            for worker, last in zip(self._followed, rest, strict=True):
-                answers = [worker.asked, last] if worker.asked is not None else [last]
-                for intervals in ray.get(answers, timeout=self._timeout_s):
-                    self._file.append(worker.place.events(intervals))
+            self._write_rest()
         self._file.close()
 
     def _write_own(self) -> None:
         for place, lane in self._own:
             self._file.append(place.events(lane.take()))
+
+    def _write_rest(self) -> None:
+        """The workers' last answers, but of those that do not answer, such as a reward function that never returns."""
+        calls = [
+            (worker, call) for worker in self._followed for call in (worker.asked, worker.actor.stop_trace.remote())
+        ]
+        awaited = [(worker.place, call) for worker, call in calls if call is not None]
+        ready, _ = ray.wait([call for _, call in awaited], num_returns=len(awaited), timeout=_LAST_ANSWERS_S)
+        for place, call in awaited:
+            if call in ready:
+                self._file.append(place.events(ray.get(call)))
 
     def _has_answered(self, worker: _Followed) -> bool:
         """Whether the worker owes no answer; one that has come is written."""

@@ -51,10 +51,10 @@ def test_a_write_that_was_cut_costs_its_last_lines_alone(tmp_path):
 
 
 class Call:
-    """A reference: what it will be, and whether it is there."""
+    """A reference: whose answer it is, and what that will be."""
 
-    def __init__(self, value, *, ready=True):
-        self.value, self.ready = value, ready
+    def __init__(self, actor, value):
+        self.actor, self.value = actor, value
 
 
 class Actor:
@@ -69,7 +69,7 @@ class Actor:
     def call(self, name):
         self.asked.append(name)
         number = len(self.asked)
-        return Call([Interval("work", number * 1000, number * 1000 + 500, {"number": number})], ready=not self.busy)
+        return Call(self, [Interval("work", number * 1000, number * 1000 + 500, {"number": number})])
 
 
 @pytest.fixture(autouse=True)
@@ -77,8 +77,12 @@ def fake_ray(monkeypatch):
     def get(calls, timeout=None):
         return [call.value for call in calls] if isinstance(calls, list) else calls.value
 
+    def wait(calls, timeout, num_returns=1):
+        assert 0 < num_returns <= len(calls)
+        return [call for call in calls if not call.actor.busy], []
+
     monkeypatch.setattr("launch.trace.ray.get", get)
-    monkeypatch.setattr("launch.trace.ray.wait", lambda calls, timeout: ([c for c in calls if c.ready], []))
+    monkeypatch.setattr("launch.trace.ray.wait", wait)
 
 
 def intervals(path):
@@ -94,9 +98,19 @@ def test_workers_are_asked_after_every_step_and_not_waited_for(tmp_path):
         assert quick.asked == ["start_trace"] + ["take_intervals"] * 3
         assert slow.asked == ["start_trace", "take_intervals"]  # it owes an answer
         assert [e["args"]["number"] for e in intervals(tmp_path / "t.json")] == [2, 3]
+        slow.busy = False
     assert quick.asked[-1] == slow.asked[-1] == "stop_trace"
     numbers = [(e["tid"] % 1000, e["args"]["number"]) for e in intervals(tmp_path / "t.json")]
     assert sorted(numbers) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3)]
+
+
+def test_who_never_answers_does_not_hold_up_the_end(tmp_path):
+    trace, hanging = Trace(tmp_path / "t.json", timeout_s=5), Actor(busy=True)
+    trace.follow({"rollout": [Actor()], "reward": [hanging]})
+    with trace:
+        trace.show({"step": 1})
+    assert hanging.asked == ["start_trace", "take_intervals", "stop_trace"]
+    assert {e["pid"] for e in intervals(tmp_path / "t.json")} == {1}
 
 
 @pytest.mark.parametrize(("error", "asks"), [(Interrupted("stopped"), True), (RuntimeError("a worker died"), False)])
@@ -138,6 +152,7 @@ def test_lanes_have_the_same_place_in_every_run(tmp_path):
 
 def test_rounding_keeps_nested_intervals_nested(tmp_path):
     trace = Trace(tmp_path / "t.json", timeout_s=5)
+    trace.follow({"trainer": [Actor(busy=True)]})
     lane = trace.lane("loop")
     with trace:
         lane._epoch_ns = 0
