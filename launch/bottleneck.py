@@ -9,7 +9,7 @@ _NAMES = {
     "rollout": "rollout engines",
     "teacher": "teachers",
     "reward": "reward function",
-    "train": "trainer",
+    "trainer": "trainer",
     "sync": "weight sync",
     "eval": "evaluation",
 }
@@ -21,7 +21,7 @@ class Bottleneck:
     """What a run spent its time on."""
 
     stage: str
-    """The stage that was idle least: `rollout`, `teacher`, `reward`, `train`, `sync` or `eval`."""
+    """The stage that was idle least: `rollout`, `teacher`, `reward`, `trainer`, `sync` or `eval`."""
     idle: dict[str, float]
     """By stage, the share of the time in which it had nothing to do, 0 to 1; of several engines or teachers on average.
     Stages that never worked are left out."""
@@ -54,7 +54,7 @@ class Waits:
             return
         seconds = before["time/step_s"] + before.get("time/eval_s", 0.0)
         self._seconds += seconds
-        self._busy["train"] += before["time/train_s"]
+        self._busy["trainer"] += before["time/train_s"]
         self._busy["sync"] += before["sync/seconds"]
         self._busy["eval"] += before.get("time/eval_s", 0.0)
         # Engines and teachers that a step does not ask do not wait either.
