@@ -43,7 +43,7 @@ def test_rewards_reach_the_records(train, tmp_path, max_staleness):
     for line in metrics:
         own = [sample["reward"] for sample in samples if sample["step"] == line["step"]]
         assert line["reward/mean"] == pytest.approx(sum(own) / len(own))
-        assert 0 < line["staleness/ess"] <= 1
+        assert 0 < line["staleness/ess"] <= 1 and line["time/reward_wait_s"] >= 0
         assert line["loss/divergence"] > 0 and "staleness/loss_age_0" in metrics[0]
     assert "reward " in next((folder / "rollouts").iterdir()).read_text()
 

@@ -248,3 +248,19 @@ def _raise_through(future, error):
     future.set_exception(error)
     for callback in callbacks:
         callback(future)
+
+
+def test_waiting_for_the_reward_function_is_measured(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("rollout.idle.time.perf_counter", lambda: now[0])
+    actor = type("Actor", (), {"score": Method()})()
+    pool = RewardPool(actor, references=ByStep([(1, ["zero"])]))
+    pool.connect(lambda callback: callback(), lambda key, rewards: None)
+    now[0] = 2.0
+    for number in range(2):
+        pool.submit((1, number), [rollout(SampleId(0, 0, 0))])
+    for _, future in actor.score.calls:
+        now[0] += 3.0
+        future.set_result([0.5])
+    now[0] = 9.0
+    assert pool.idle_s() == 2.0 + 1.0
