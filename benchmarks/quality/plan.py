@@ -6,7 +6,7 @@ What comes first is what most hangs on: the learning rates of the headline metho
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from benchmarks.quality.methods import HEADLINE, OTHERS
+from benchmarks.quality.methods import CONTROLS, HEADLINE, OTHERS
 from benchmarks.quality.results import Cell, Result
 
 STEPS = 250
@@ -18,6 +18,8 @@ SEEDS = tuple(range(8))
 FEW_SEEDS = SEEDS[:3]
 TUNING_SEEDS = (100, 101)
 TEACHERS = (0, 1)
+SEEKING = ("gkd_jsd_0.1", "gkd_jsd_0.9")
+"""Beside the two KL, the methods that say whether a student too small for its teacher spreads or seeks modes."""
 TIMED = ("sft", "kd", "seq_kd")
 """Methods that also get as many steps as fit the time of on-policy distillation."""
 _REFERENCE = "gkd_jsd_0.5"
@@ -38,11 +40,17 @@ def next_cell(results: Sequence[Result], methods: Collection[str]) -> Cell | Non
 def _plan(results: Sequence[Result]) -> Iterator[Cell]:
     """Every run, in order. Later ones hang on what earlier ones found, so this is asked anew after each."""
     yield from _tuning(results, HEADLINE)
-    for setting, teacher in (("clean", 0), ("clean", 1), ("noisy", 0)):
-        yield from _compared(results, HEADLINE, setting, teacher, SEEDS)
+    yield from _compared(results, HEADLINE, "clean", 0, SEEDS)
+    yield from _tuning(results, CONTROLS)
+    yield from _compared(results, CONTROLS, "clean", 0, FEW_SEEDS)
+    yield from _compared(results, (*HEADLINE, *CONTROLS), "sorting", 0, FEW_SEEDS)
+    yield from _compared(results, HEADLINE, "clean", 1, SEEDS)
     yield from _tuning(results, OTHERS)
     yield from _compared(results, OTHERS, "clean", 0, FEW_SEEDS)
     yield from _timed(results)
+    yield from _compared(results, (*HEADLINE, *CONTROLS, *SEEKING), "small", 0, FEW_SEEDS)
+    for seeds in (FEW_SEEDS, SEEDS):
+        yield from _compared(results, HEADLINE, "noisy", 0, seeds)
 
 
 def _tuning(results: Sequence[Result], methods: Collection[str]) -> Iterator[Cell]:
