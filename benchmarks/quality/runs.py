@@ -26,8 +26,8 @@ FOLDER = Path("outputs/quality")
 BATCH = 32
 TEACHER_STEPS, TEACHER_BATCH = 1050, 48
 _WARM_UP = 50
-"""Steps until the learning rate is at its peak. With 10 some runs broke for good at a rate that was best for others, before
-step 12: Adam's moments start from nothing, on weights that are trained already.
+"""Steps until the learning rate is at its peak. With 10 some runs broke for good at a rate that was best for others,
+before step 12: Adam's moments start from nothing, on weights that are trained already.
 """
 _CHECKPOINT_EVERY = 50
 """Steps, in the runs that are measured along the way."""
