@@ -78,7 +78,7 @@ SETTINGS = {
     "clean": Setting(task=CHAIN_SUM, examples=600, warm_steps=600),
     "noisy": Setting(task=CHAIN_SUM, examples=1_000, warm_steps=600, slip=SLIP),
     "sorting": Setting(task=SORTING, examples=100, warm_steps=100),
-    "small": Setting(task=CHAIN_SUM, examples=20_000, warm_steps=600, student="small"),
+    "small": Setting(task=CHAIN_SUM, examples=20_000, warm_steps=2_000, student="small"),
 }
 
 
