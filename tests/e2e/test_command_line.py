@@ -51,6 +51,7 @@ def go_on(config, *overrides):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not(job, tmp_path):
     """SIGTERM in mid-run ends it after a checkpoint with exit code 130; resumed, it gives the uninterrupted losses."""
     config, folder = job({})
