@@ -31,6 +31,7 @@ from launch.init_student import InitStudentRequest, run_init_student
 from launch.ray_session import ray_session
 from launch.train import run_training
 
+DATA = task.task_folder(FOLDER, task.CHAIN_SUM)
 RESULTS = Path(__file__).parent / "results" / "truncation.jsonl"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 LAYERS = 3
@@ -86,14 +87,14 @@ def run(method: str, seed: int, console: Console) -> Run:
     """Train one student and measure it."""
     if not (FOLDER / "models" / "teacher").is_dir():
         task.prepare(FOLDER)
-    teacher = trained_teacher(0, console)
+    teacher = trained_teacher(task.CHAIN_SUM, 0, console)
     start = _first_student(method, teacher, seed, console)
     ratio = vanilla_kd_ratio(load(start), load(teacher))
     config = _config(method, start, teacher, seed, ratio)
     export = run_training(parse_config(config), console)
     lines = [json.loads(line) for line in (export.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
-    held_out, test = task.read(FOLDER, "validation"), task.read(FOLDER, "test")[:TESTED]
+    held_out, test = task.read(DATA, "validation"), task.read(DATA, "test")[:TESTED]
     result = Run(
         method=method,
         seed=seed,
@@ -102,7 +103,7 @@ def run(method: str, seed: int, console: Console) -> Run:
         teacher_ce=cross_entropy(load(teacher), tokenizer, held_out),
         start_ce=cross_entropy(load(start), tokenizer, held_out),
         end_ce=cross_entropy(load(export), tokenizer, held_out),
-        exact_match=exact_match(load(export), tokenizer, test),
+        exact_match=exact_match(load(export), tokenizer, task.CHAIN_SUM, test),
         curve={line["step"]: line["eval/cross_entropy"] for line in lines if "eval/cross_entropy" in line},
         tokens=sum(line["tokens/trained"] for line in lines),
         train_s=sum(line["time/step_s"] for line in lines),
@@ -157,8 +158,8 @@ def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) ->
         "run": {"name": name, "seed": seed, "output_dir": str(FOLDER / "truncation" / "runs" / name)},
         "student": {"model": str(start)},
         "data": {
-            "train": {"path": str(FOLDER / "data" / "teacher.jsonl" if whole_budget else _few_records())},
-            "eval": {"path": str(FOLDER / "data" / "validation.jsonl")},
+            "train": {"path": str(DATA / "teacher.jsonl" if whole_budget else _few_records())},
+            "eval": {"path": str(DATA / "validation.jsonl")},
             "on_policy_fraction": 0.0,
         },
         "objective": {"type": "sft"},
@@ -185,9 +186,9 @@ def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) ->
 
 
 def _few_records() -> Path:
-    path = FOLDER / "data" / "continue.jsonl"
+    path = DATA / "continue.jsonl"
     if not path.exists():
-        lines = (FOLDER / "data" / "teacher.jsonl").read_text(encoding="utf-8").splitlines()
+        lines = (DATA / "teacher.jsonl").read_text(encoding="utf-8").splitlines()
         path.write_text("\n".join(lines[:RECORDS]) + "\n", encoding="utf-8")
     return path
 

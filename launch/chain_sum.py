@@ -11,6 +11,7 @@ Run as a program it writes everything that the configs in configs/quickstart/ re
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,8 +54,14 @@ def write_data(folder: Path, *, seed: int) -> None:
         (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_models(folder: Path) -> None:
-    """Write config and tokenizer of the teacher (6 layers x 128) and the student (2 layers x 64), without weights."""
+SHAPES: dict[str, dict[str, int]] = {
+    "teacher": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 320},
+    "student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 192},
+}
+
+
+def write_models(folder: Path, shapes: Mapping[str, Mapping[str, int]] = SHAPES) -> None:
+    """Write config and tokenizer of each shape, by its name, without weights: the teacher's and the student's."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import LlamaConfig, PreTrainedTokenizerFast
 
@@ -65,10 +72,6 @@ def write_models(folder: Path) -> None:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=characters, eos_token="<eos>", pad_token="<pad>", clean_up_tokenization_spaces=False
     )
-    shapes = {
-        "teacher": {"hidden_size": 128, "num_hidden_layers": 6, "num_attention_heads": 4, "intermediate_size": 320},
-        "student": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 192},
-    }
     for name, shape in shapes.items():
         config = LlamaConfig(
             vocab_size=len(vocabulary),

@@ -2,9 +2,10 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
-from benchmarks.quality import task
+from benchmarks.quality import sorting, task
 from benchmarks.quality.differences import ACCURACY, RELATIONS, WARM, differences
 from benchmarks.quality.methods import METHODS, TITLES
 from benchmarks.quality.plan import RATES, SEEDS, STEPS, TUNING_SEEDS, chosen_rate, next_cell
@@ -35,7 +36,7 @@ def test_the_plan_tunes_first_and_ends() -> None:
     results: list[Result] = []
     tried: dict[str, set[float]] = {"sft": set(), "gkd_jsd_0.5": set()}
     while (cell := next_cell(results, ["sft", "gkd_jsd_0.5"])) is not None:
-        if len(results) < 2 * 4 * len(TUNING_SEEDS):
+        if len(results) < 2 * 5 * len(TUNING_SEEDS):
             assert cell.split == "validation"
             tried[cell.method].add(cell.learning_rate)
         else:
@@ -49,7 +50,7 @@ def test_the_plan_tunes_first_and_ends() -> None:
     assert [cell.seed for cell in timed] == list(SEEDS)
     assert chosen_rate(results, "sft") == 1.25e-3
     # From the middle on, past the best one, and no further.
-    assert tried == {"sft": set(RATES[:4]), "gkd_jsd_0.5": set(RATES[:4])}
+    assert tried == {"sft": set(RATES[:5]), "gkd_jsd_0.5": set(RATES[:5])}
 
 
 def test_no_rate_is_chosen_before_its_neighbours_were_tried() -> None:
@@ -97,20 +98,65 @@ def test_a_finished_run_is_read_back(tmp_path) -> None:
     assert first.after["exact_match"] == 0.12346
 
 
-def test_the_data_of_a_student_is_its_own_and_slips_as_often_as_said(tmp_path, monkeypatch) -> None:
+def test_the_data_of_a_student_is_its_own(tmp_path, monkeypatch) -> None:
+    _few_problems(monkeypatch)
+    monkeypatch.setitem(task.SETTINGS, "small", replace(task.SETTINGS["small"], examples=100))
+    task.prepare(tmp_path)
+    for name, setting in task.SETTINGS.items():
+        data = task.task_folder(tmp_path, setting.task)
+        held_out = {
+            _problem(prompt) for part in ("teacher", "validation", "test") for prompt, _ in task.read(data, part)
+        }
+        assert len(held_out) == 400
+        task.labels(tmp_path, name, 3)
+        own = task.read(data, f"{name}-3")
+        assert len({prompt for prompt, _ in own}) == setting.examples
+        assert not held_out & {_problem(prompt) for prompt, _ in own}
+
+
+def test_noisy_labels_slip_as_often_as_said(tmp_path, monkeypatch) -> None:
+    _few_problems(monkeypatch)
+    task.prepare(tmp_path)
+    for name in ("clean", "noisy"):
+        own = task.read(task.labels(tmp_path, name, 3).parent, f"{name}-3")
+        slips = [slip for prompt, answer in own for slip in _slips(prompt, answer)]
+        assert sum(slips) / len(slips) == pytest.approx(task.SETTINGS[name].slip, abs=0.01)
+
+
+def test_a_sorting_teacher_also_learns_to_go_on_from_wrong_traces() -> None:
+    random = np.random.default_rng(0)
+    wrong = 0
+    for _ in range(200):
+        prompt, completion = sorting.make_teacher_problem(random)
+        digits, begun = prompt.split("=")
+        states = [state for state in (begun + completion).split(";") if state]
+        assert len(states) == sorting.DIGITS - 1 and sorting.last_state(completion) == "".join(sorted(digits))
+        rightly = completion.split(";")
+        assert all(sorted(state) == sorted(digits) for state in rightly), "what is learnt is right"
+        assert rightly == _insertions(digits)[-len(rightly) :]
+        wrong += any(sorted(state) != sorted(digits) for state in begun.split(";") if state)
+    assert 60 < wrong < 120
+
+
+def _few_problems(monkeypatch) -> None:
     monkeypatch.setattr(task, "TEACHER_PROBLEMS", 300)
     monkeypatch.setattr(task, "HELD_OUT_PROBLEMS", 50)
     monkeypatch.setattr(task, "TEST_PROBLEMS", 50)
-    task.prepare(tmp_path)
-    held_out = {prompt for name in ("teacher", "validation", "test") for prompt, _ in task.read(tmp_path, name)}
-    assert len(held_out) == 400
-    for setting in ("clean", "noisy"):
-        task.labels(tmp_path, setting, 3)
-        own = task.read(tmp_path, f"{setting}-3")
-        assert len({prompt for prompt, _ in own}) == task.LABELS[setting]
-        assert not held_out & {prompt for prompt, _ in own}
-        slips = [slip for prompt, answer in own for slip in _slips(prompt, answer)]
-        assert sum(slips) / len(slips) == pytest.approx(task.SLIP if setting == "noisy" else 0, abs=0.01)
+
+
+def _problem(prompt: str) -> str:
+    return prompt.split("=")[0]
+
+
+def _insertions(digits: str) -> list[str]:
+    """The digits after each insertion, one neighbour swap at a time."""
+    found, state = [], list(digits)
+    for place in range(1, len(state)):
+        while place and state[place - 1] > state[place]:
+            state[place - 1], state[place] = state[place], state[place - 1]
+            place -= 1
+        found.append("".join(state))
+    return found
 
 
 def _slips(prompt: str, answer: str) -> list[bool]:

@@ -47,8 +47,8 @@ def test_the_page_gets_paired_differences_between_its_marks(tmp_path):
 
 def test_every_method_has_a_title_and_a_config_that_stands(tmp_path, monkeypatch):
     monkeypatch.setattr("benchmarks.truncation.FOLDER", tmp_path)
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "teacher.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.setattr("benchmarks.truncation.DATA", tmp_path)
+    (tmp_path / "teacher.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
     assert sorted(METHODS) == sorted(TITLES) and set(STRATEGIES) <= KNOWN.keys()
     steps = {}
     for method in METHODS:

@@ -7,6 +7,7 @@ from typing import Literal
 
 from benchmarks.quality.plan import STEPS
 from benchmarks.quality.results import Result
+from benchmarks.quality.task import SETTINGS
 
 WARM = "warm"
 """In the place of a second method: the warm start itself."""
@@ -44,6 +45,7 @@ ACCURACY = (
 """Of exact match."""
 
 _NEARER = "on-policy text brings the student nearer to its teacher where it walks itself"
+_MENDED = "what to do after a mistake of one's own is learnt from text that has such mistakes"
 _GIVEN = "on given text, given text is not the worse teacher"
 _SEEKING = "the student spreads less"
 _TRADED = "less weight on the teacher: more reward"
@@ -56,6 +58,11 @@ RELATIONS = (
     Comparison(first="gkd_forward_kl", second="kd", metric="forward_kl", expected="below", claim=_NEARER),
     Comparison(first="gkd_jsd_0.5", second="kd_jsd_0.5", metric="reverse_kl", expected="below", claim=_NEARER),
     Comparison(first="gkd_reverse_kl", second="kd_reverse_kl", metric="reverse_kl", expected="below", claim=_NEARER),
+    Comparison(first="gkd_forward_kl", second="kd", metric="sampled_recovered", expected="above", claim=_MENDED),
+    Comparison(first="gkd_jsd_0.5", second="kd_jsd_0.5", metric="sampled_recovered", expected="above", claim=_MENDED),
+    Comparison(
+        first="gkd_reverse_kl", second="kd_reverse_kl", metric="sampled_recovered", expected="above", claim=_MENDED
+    ),
     Comparison(first="gkd_forward_kl", second="kd", metric="dataset_forward_kl", expected="above", claim=_GIVEN),
     Comparison(first="gkd_jsd_0.5", second="kd_jsd_0.5", metric="dataset_forward_kl", expected="above", claim=_GIVEN),
     Comparison(
@@ -93,7 +100,7 @@ class Difference:
     """What came out of a comparison."""
 
     setting: str
-    """`clean` or `noisy`."""
+    """A key of `SETTINGS`."""
     first: str
     """As of the comparison."""
     second: str
@@ -117,7 +124,7 @@ class Difference:
 def differences(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Difference]:
     """Of every comparison that has students, at equal steps. A student of several teachers counts once, by its mean."""
     found = []
-    for setting in ("clean", "noisy"):
+    for setting in SETTINGS:
         for comparison in comparisons:
             first = _by_start(results, setting, comparison.first, comparison.metric)
             if comparison.second == WARM:
@@ -144,7 +151,7 @@ def _by_start(
     return {
         (result.warm, result.teacher): (result.before if warm else result.after)[metric]
         for result in equal_steps(results)
-        if (result.cell.setting, result.cell.method) == (setting, method)
+        if (result.cell.setting, result.cell.method) == (setting, method) and metric in result.after
     }
 
 

@@ -10,9 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.moments import distances
+from benchmarks.quality.task import Task
 
 _BATCH = 500
-_NEW_TOKENS = 32
 _PROBES = 1_000
 """Prompts whose sampled answers are compared with the teacher."""
 _MOMENTS = 200
@@ -24,17 +24,20 @@ def load(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder).eval()
 
 
-def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed: int) -> dict[str, Any]:
+def measure(folder: Path, teacher: Any, task: Task, problems: list[tuple[str, str]], *, seed: int) -> dict[str, Any]:
     """Everything that the tables and plots show of one student.
 
     Args:
         folder: the exported student.
         teacher: the loaded model that it learnt from.
+        task: what counts as the answer, and how long it gets.
         problems: (prompt, right completion), none of which it has seen; all prompts are of one length.
         seed: of the sampled answers.
 
     Returns:
-        `exact_match` of greedy answers, `sampled_exact_match` of sampled ones; in nats per token `forward_kl`,
+        Of greedy completions `exact_match` (the answer is right), `whole_match` (and all that leads to it) and
+        `recovered` (share of right answers among completions that are not right as a whole), and as `sampled_...`
+        of sampled ones; in nats per token `forward_kl`,
         `reverse_kl`, `total_variation` and `entropy` on its own sampled answers, and `dataset_...` on the right
         completions; `reverse_kl_by_position`; `d_on` and `d_off`, the moment-matching
         distances, and whether their critics settled.
@@ -42,9 +45,11 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = load(folder)
     stop = tokenizer.eos_token_id
-    prompts_BT, given_BT = _tokens(tokenizer, problems[:_PROBES])
+    probes = problems[:_PROBES]
+    prompts_BT, given_BT = _tokens(tokenizer, probes)
+    greedy_BT = _complete(student, _tokens(tokenizer, problems)[0], stop, task.new_tokens, sample=False)
     torch.manual_seed(seed)
-    sampled_BT = torch.cat([_answer(student, part, stop, sample=True) for part in prompts_BT.split(_BATCH)])
+    sampled_BT = _complete(student, prompts_BT, stop, task.new_tokens, sample=True)
     own = _compared(student, teacher, prompts_BT, sampled_BT, stop)
     dataset = _compared(student, teacher, prompts_BT, given_BT, stop)
     padded_BT = torch.nn.functional.pad(given_BT, (0, sampled_BT.shape[1] - given_BT.shape[1]), value=stop)
@@ -57,8 +62,8 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
         torch.tensor([True, False]).repeat_interleave(_MOMENTS),
     )
     return {
-        "exact_match": exact_match(student, tokenizer, problems),
-        "sampled_exact_match": _share_right(tokenizer, sampled_BT, problems[:_PROBES]),
+        **_shares_right(tokenizer, greedy_BT, problems, task),
+        **{f"sampled_{name}": share for name, share in _shares_right(tokenizer, sampled_BT, probes, task).items()},
         **{name: value for name, value in own.items() if name != "by_position"},
         **{f"dataset_{name}": value for name, value in dataset.items() if name != "by_position"},
         **moments,
@@ -66,13 +71,11 @@ def measure(folder: Path, teacher: Any, problems: list[tuple[str, str]], *, seed
     }
 
 
-@torch.no_grad()
-def exact_match(student: Any, tokenizer: Any, problems: list[tuple[str, str]]) -> float:
+def exact_match(student: Any, tokenizer: Any, task: Task, problems: list[tuple[str, str]]) -> float:
     """Share of greedy answers that are right; all prompts are of one length."""
     prompts_BT, _ = _tokens(tokenizer, problems)
-    stop = tokenizer.eos_token_id
-    greedy_BT = torch.cat([_answer(student, part, stop, sample=False) for part in prompts_BT.split(_BATCH)])
-    return _share_right(tokenizer, greedy_BT, problems)
+    greedy_BT = _complete(student, prompts_BT, tokenizer.eos_token_id, task.new_tokens, sample=False)
+    return _shares_right(tokenizer, greedy_BT, problems, task)["exact_match"]
 
 
 @torch.no_grad()
@@ -93,25 +96,39 @@ def _tokens(tokenizer: Any, problems: list[tuple[str, str]]) -> tuple[torch.Tens
     return torch.tensor(prompts), torch.tensor(answers)
 
 
-def _share_right(tokenizer: Any, answers_BT: torch.Tensor, problems: list[tuple[str, str]]) -> float:
+def _shares_right(
+    tokenizer: Any, completions_BT: torch.Tensor, problems: list[tuple[str, str]], task: Task
+) -> dict[str, float]:
+    """`exact_match`, of answers; `whole_match`, of all that leads to them; `recovered`, of answers after a mistake."""
     stop = tokenizer.eos_token_id
-    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in answers_BT])
-    return sum(text == right for text, (_, right) in zip(texts, problems, strict=True)) / len(problems)
+    texts = tokenizer.batch_decode([_until(row.tolist(), stop) for row in completions_BT])
+    pairs = [(text, right) for text, (_, right) in zip(texts, problems, strict=True)]
+    whole = sum(text == right for text, right in pairs)
+    answered = sum(task.answer(text) == task.answer(right) for text, right in pairs)
+    return {
+        "exact_match": answered / len(pairs),
+        "whole_match": whole / len(pairs),
+        "recovered": (answered - whole) / max(1, len(pairs) - whole),
+    }
+
+
+def _complete(model: Any, prompts_BT: torch.Tensor, stop: int, new_tokens: int, *, sample: bool) -> torch.Tensor:
+    """Responses [B, new_tokens], in batches; after the stop token comes more of it."""
+    return torch.cat([_generated(model, part, stop, new_tokens, sample=sample) for part in prompts_BT.split(_BATCH)])
 
 
 @torch.no_grad()
-def _answer(model: Any, prompts_BT: torch.Tensor, stop: int, *, sample: bool) -> torch.Tensor:
-    """Responses [B, 32]; after the stop token comes more of it."""
+def _generated(model: Any, prompts_BT: torch.Tensor, stop: int, new_tokens: int, *, sample: bool) -> torch.Tensor:
     options = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0} if sample else {"do_sample": False}
     found = model.generate(
         prompts_BT,
         attention_mask=torch.ones_like(prompts_BT),
-        max_new_tokens=_NEW_TOKENS,
+        max_new_tokens=new_tokens,
         eos_token_id=stop,
         pad_token_id=stop,
         **options,
     )[:, prompts_BT.shape[1] :]
-    return torch.nn.functional.pad(found, (0, _NEW_TOKENS - found.shape[1]), value=stop)
+    return torch.nn.functional.pad(found, (0, new_tokens - found.shape[1]), value=stop)
 
 
 def _until(ids: list[int], stop: int) -> list[int]:

@@ -6,18 +6,22 @@ What comes first is what most hangs on: the learning rates of the headline metho
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 
-from benchmarks.quality.methods import HEADLINE, OTHERS
+from benchmarks.quality.methods import CONTROLS, HEADLINE, OTHERS
 from benchmarks.quality.results import Cell, Result
 
 STEPS = 250
 """Optimizer steps of every method, of 32 samples each."""
 RATES = (6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 """Learning rates that may be tried: from the middle on, until the best one has worse neighbours."""
-_FIRST_RATES = RATES[2:4]
+_FIRST_RATES = RATES[3:5]
 SEEDS = tuple(range(8))
 FEW_SEEDS = SEEDS[:3]
 TUNING_SEEDS = (100, 101)
 TEACHERS = (0, 1)
+SEEKING = ("gkd_jsd_0.1", "gkd_jsd_0.9")
+"""Beside the two KL, the methods that say whether a student too small for its teacher spreads or seeks modes."""
+TUNED_AS = {f"rl_gkd_{alpha}": "rl_gkd_0.5" for alpha in ("0.75", "0.25", "0.05")}
+"""Methods that take the learning rate of another, from which they differ in a weight alone."""
 TIMED = ("sft", "kd", "seq_kd")
 """Methods that also get as many steps as fit the time of on-policy distillation."""
 _REFERENCE = "gkd_jsd_0.5"
@@ -38,11 +42,16 @@ def next_cell(results: Sequence[Result], methods: Collection[str]) -> Cell | Non
 def _plan(results: Sequence[Result]) -> Iterator[Cell]:
     """Every run, in order. Later ones hang on what earlier ones found, so this is asked anew after each."""
     yield from _tuning(results, HEADLINE)
-    for setting, teacher in (("clean", 0), ("clean", 1), ("noisy", 0)):
-        yield from _compared(results, HEADLINE, setting, teacher, SEEDS)
-    yield from _tuning(results, OTHERS)
+    yield from _compared(results, HEADLINE, "clean", 0, SEEDS)
+    yield from _tuning(results, CONTROLS)
+    yield from _compared(results, CONTROLS, "clean", 0, FEW_SEEDS)
+    yield from _compared(results, (*HEADLINE, *CONTROLS), "sorting", 0, FEW_SEEDS)
+    yield from _compared(results, HEADLINE, "clean", 1, SEEDS)
+    yield from _tuning(results, [method for method in OTHERS if method not in TUNED_AS])
     yield from _compared(results, OTHERS, "clean", 0, FEW_SEEDS)
     yield from _timed(results)
+    yield from _compared(results, (*HEADLINE, *CONTROLS, *SEEKING), "small", 0, FEW_SEEDS)
+    yield from _compared(results, HEADLINE, "noisy", 0, FEW_SEEDS)
 
 
 def _tuning(results: Sequence[Result], methods: Collection[str]) -> Iterator[Cell]:
@@ -101,6 +110,7 @@ def next_rate(results: Sequence[Result], method: str) -> float | None:
 
 def chosen_rate(results: Sequence[Result], method: str) -> float | None:
     """The learning rate with the highest mean exact match on the validation problems; None before it is sure."""
+    method = TUNED_AS.get(method, method)
     found = _accuracies(results, method)
     return None if next_rate(results, method) else max(found, key=lambda rate: statistics.fmean(found[rate]))
 

@@ -12,6 +12,7 @@ from benchmarks.quality.methods import TITLES
 from benchmarks.quality.plan import chosen_rate
 from benchmarks.quality.plots import plot
 from benchmarks.quality.results import Result
+from benchmarks.quality.task import SETTINGS, SORTING
 
 PAGE = Path("docs/RESULTS.md")
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -30,7 +31,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             {"setting": setting, "teacher": teacher, "method": method, "steps": steps}
             | {"seeds": [member.cell.seed for member in members], "learning_rate": members[0].cell.learning_rate}
             | {"exact_match_before": statistics.fmean(member.before["exact_match"] for member in members)}
-            | {name: _mean_and_spread(members, name) for name in _COLUMNS}
+            | {name: _mean_and_spread(members, name) for name in _columns(setting)}
             | {name: statistics.median(m.metrics[name] for m in members) for name in ("tokens", "train_s", "step_s")}
         )
     compared = {
@@ -50,6 +51,12 @@ _COLUMNS = {
     "d_on": "d_on",
     "d_off": "d_off",
 }
+_STEPWISE = {"whole_match": "whole trace right", "sampled_recovered": "right after a mistake, samples"}
+"""Where an answer may be right after a mistake on the way to it."""
+
+
+def _columns(setting: str) -> dict[str, str]:
+    return _COLUMNS | (_STEPWISE if SETTINGS[setting].task is SORTING else {})
 
 
 def _mean_and_spread(members: Sequence[Result], name: str) -> dict[str, float | None]:
@@ -77,17 +84,18 @@ def _tables(numbers: dict[str, Any]) -> str:
     groups = sorted({(row["setting"], row["teacher"]) for row in numbers["methods"]})
     for setting, teacher in groups:
         rows = [row for row in numbers["methods"] if (row["setting"], row["teacher"]) == (setting, teacher)]
-        lines += [f"### Labels {setting}, teacher {teacher}", ""]
-        lines += ["| method | steps | students | learning rate | before | " + " | ".join(_COLUMNS.values()) + " | s |"]
-        lines += ["|---|---|---|---|---|" + "---|" * (len(_COLUMNS) + 1)]
+        titles = _columns(setting).values()
+        lines += [f"### Setting {setting}, teacher {teacher}", ""]
+        lines += ["| method | steps | students | learning rate | before | " + " | ".join(titles) + " | s |"]
+        lines += ["|---|---|---|---|---|" + "---|" * (len(titles) + 1)]
         lines += [_row(row) for row in sorted(rows, key=lambda row: -row["exact_match"]["mean"])] + [""]
     if numbers["differences"]:
         lines += ["### Paired differences of exact match, from one warm start", ""]
-        lines += ["| labels | difference | mean | 95 % interval | above 0 |", "|---|---|---|---|---|"]
+        lines += ["| setting | difference | mean | 95 % interval | above 0 |", "|---|---|---|---|---|"]
         lines += [f"| {pair['setting']} {_difference_cells(pair)}" for pair in numbers["differences"]] + [""]
     if numbers["relations"]:
         lines += ["### What the methods are said to show", ""]
-        lines += ["| labels | claim | metric | difference | mean | 95 % interval | above 0 | found |"]
+        lines += ["| setting | claim | metric | difference | mean | 95 % interval | above 0 | found |"]
         lines += ["|---|---|---|---|---|---|---|---|"]
         lines += [
             f"| {pair['setting']} | {pair['claim']} | {pair['metric']} {_difference_cells(pair)} {_verdict(pair)} |"
@@ -99,7 +107,7 @@ def _tables(numbers: dict[str, Any]) -> str:
 def _row(row: dict[str, Any]) -> str:
     cells = [
         f"{row[name]['mean']:.3f}" + (f" ± {row[name]['sd']:.3f}" if row[name]["sd"] is not None else "")
-        for name in _COLUMNS
+        for name in _columns(row["setting"])
     ]
     first = [TITLES[row["method"]], str(row["steps"]), str(len(row["seeds"])), f"{row['learning_rate']:g}"]
     return "| " + " | ".join([*first, f"{row['exact_match_before']:.3f}", *cells, f"{row['train_s']:.0f}"]) + " |"

@@ -15,7 +15,7 @@ class Cell:
     """One run of the comparison."""
 
     setting: str
-    """`clean` or `noisy`: the labels of the student's examples."""
+    """A key of `SETTINGS`: the task, and what the student has to learn from."""
     teacher: int
     """Seed of the teacher."""
     seed: int

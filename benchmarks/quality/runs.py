@@ -11,12 +11,12 @@ from rich.console import Console
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from benchmarks.quality import task
 from benchmarks.quality.kept_workers import KeptWorkers
 from benchmarks.quality.measure import exact_match, load, measure
 from benchmarks.quality.methods import METHODS
 from benchmarks.quality.plan import FEW_SEEDS, STEPS
 from benchmarks.quality.results import SERIES_EVERY, Cell, Result
+from benchmarks.quality.task import SETTINGS, Task, labels, read, task_folder
 from gkd.config import parse_config
 from launch.export import run_export
 from launch.run_folder import exported_step
@@ -24,25 +24,29 @@ from launch.train import run_training
 
 FOLDER = Path("outputs/quality")
 BATCH = 32
-_WARM_STEPS = 600
 TEACHER_STEPS, TEACHER_BATCH = 1050, 48
+_WARM_UP = 50
+"""Steps until the learning rate is at its peak. With 10 some runs broke for good at a rate that was best for others,
+before step 12: Adam's moments start from nothing, on weights that are trained already.
+"""
 _CHECKPOINT_EVERY = 50
 """Steps, in the runs that are measured along the way."""
 
 
 def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     """Do one cell of the plan."""
-    teacher = trained_teacher(cell.teacher, console)
+    task = SETTINGS[cell.setting].task
+    teacher = trained_teacher(task, cell.teacher, console)
     warm = _warm_start(cell, console)
-    problems = task.read(FOLDER, cell.split)
+    problems = read(task_folder(FOLDER, task), cell.split)
     scorer = load(teacher)
-    before = _measured_once(warm, scorer, problems, cell)
+    before = _measured_once(warm, scorer, task, problems, cell)
     export = run_training(parse_config(_method_config(cell, warm, teacher)), console, open_workers=kept.open)
-    after = measure(export, scorer, problems, seed=cell.seed)
+    after = measure(export, scorer, task, problems, seed=cell.seed)
     lines = _lines(export.parent)
     curve, series = [], {}
     if _followed(cell):
-        curve = [(0.0, before["exact_match"]), *_curve(export.parent, lines, problems)]
+        curve = [(0.0, before["exact_match"]), *_curve(export.parent, lines, task, problems)]
         series = _series(lines)
     shutil.rmtree(export.parent)  # what is kept of a run is its line
     return Result(
@@ -57,47 +61,47 @@ def run(cell: Cell, kept: KeptWorkers, console: Console) -> Result:
     )
 
 
-def trained_teacher(seed: int, console: Console) -> Path:
+def trained_teacher(task: Task, seed: int, console: Console) -> Path:
     """The teacher's folder; it is trained where it is not there yet."""
     return _trained_once(
-        f"teacher-{seed}",
+        f"teacher-{task.name}-{seed}",
         console,
         {
             "run": {"seed": seed},
             "student": {"model": str(FOLDER / "models" / "teacher"), "init": "random"},
-            "data": {"train": {"path": str(FOLDER / "data" / "teacher.jsonl")}},
+            "data": {"train": {"path": str(task_folder(FOLDER, task) / "teacher.jsonl")}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=50),
+            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=_WARM_UP),
         },
     )
 
 
 def _warm_start(cell: Cell, console: Console) -> Path:
-    examples = task.labels(FOLDER, cell.setting, cell.seed)
+    setting = SETTINGS[cell.setting]
     return _trained_once(
         f"warm-{cell.setting}-{cell.seed}",
         console,
         {
             "run": {"seed": cell.seed},
-            "student": {"model": str(FOLDER / "models" / "student"), "init": "random"},
-            "data": {"train": {"path": str(examples)}},
+            "student": {"model": str(FOLDER / "models" / setting.student), "init": "random"},
+            "data": {"train": {"path": str(labels(FOLDER, cell.setting, cell.seed))}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(_WARM_STEPS, 5e-3, batch_size=BATCH, warmup_steps=50),
+            "trainer": _trainer(setting.warm_steps, 5e-3, batch_size=BATCH, warmup_steps=_WARM_UP),
         },
     )
 
 
 def _method_config(cell: Cell, warm: Path, teacher: Path) -> dict[str, Any]:
-    method = METHODS[cell.method]
-    examples = task.labels(FOLDER, cell.setting, cell.seed)
+    method, new_tokens = METHODS[cell.method], SETTINGS[cell.setting].task.new_tokens
+    examples = labels(FOLDER, cell.setting, cell.seed)
     return {
         "run": {"name": cell.name, "seed": cell.seed, "output_dir": str(FOLDER / "runs" / cell.name)},
         "student": {"model": str(warm)},
         "teacher": {"model": str(teacher)},
         "data": {"train": {"path": str(examples)}} | method.get("data", {"on_policy_fraction": 0.0}),
-        "rollout": {"temperature": 1.0, "max_new_tokens": 32, "kv_cache_gib": 0.25, "record_logprobs": True},
+        "rollout": {"temperature": 1.0, "max_new_tokens": new_tokens, "kv_cache_gib": 0.25, "record_logprobs": True},
         "objective": method["objective"],
-        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=10)
+        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=_WARM_UP)
         | ({"checkpoint_every": _CHECKPOINT_EVERY, "keep_last": 100} if _followed(cell) else {}),
     } | ({"reward": method["reward"]} if "reward" in method else {})
 
@@ -122,11 +126,11 @@ def _trained_once(name: str, console: Console, config: dict[str, Any]) -> Path:
     return run_training(parse_config(config), console)
 
 
-def _measured_once(warm: Path, teacher: Any, problems: list[tuple[str, str]], cell: Cell) -> dict[str, Any]:
+def _measured_once(warm: Path, teacher: Any, task: Task, problems: list[tuple[str, str]], cell: Cell) -> dict[str, Any]:
     """The warm start under this teacher; kept beside it."""
     path = warm.parent / f"measured-t{cell.teacher}-{cell.split}.json"
     if not path.exists():
-        path.write_text(json.dumps(measure(warm, teacher, problems, seed=cell.seed)), encoding="utf-8")
+        path.write_text(json.dumps(measure(warm, teacher, task, problems, seed=cell.seed)), encoding="utf-8")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
@@ -149,14 +153,16 @@ def _followed(cell: Cell) -> bool:
     ) and cell.seed in FEW_SEEDS
 
 
-def _curve(run: Path, lines: list[dict[str, Any]], problems: list[tuple[str, str]]) -> list[tuple[float, float]]:
+def _curve(
+    run: Path, lines: list[dict[str, Any]], task: Task, problems: list[tuple[str, str]]
+) -> list[tuple[float, float]]:
     """(tokens trained on, exact match) of every checkpoint."""
     found = []
     for step in range(_CHECKPOINT_EVERY, len(lines) + 1, _CHECKPOINT_EVERY):
         model = run / f"model-{step}"
         run_export(run, model, which=str(step), form="full", console=Console(quiet=True))
         tokens = sum(line["tokens/trained"] for line in lines[:step])
-        found.append((float(tokens), exact_match(load(model), AutoTokenizer.from_pretrained(model), problems)))
+        found.append((float(tokens), exact_match(load(model), AutoTokenizer.from_pretrained(model), task, problems)))
     return found
 
 

@@ -17,14 +17,15 @@ COMMAND = str(Path(sys.executable).with_name("gkd"))
 
 @pytest.fixture
 def job(models, train_file, tmp_path):
-    """`job(changes)` is the config file of a long run and the run's folder."""
+    """`job(changes, objective)` is the config file of a long run and the run's folder."""
 
-    def write(changes):
+    def write(changes, objective=None):
         tree = config_tree(tmp_path / "run", models("qwen2"), models("llama", seed=1), train_file)
         tree["run"]["resume"] = "auto"
         tree["trainer"] |= {"max_steps": 400, "checkpoint_every": 0}
         for section, values in changes.items():
             tree[section] = tree.get(section, {}) | values
+        tree["objective"] = objective or tree["objective"]
         config = tmp_path / "config.yaml"
         config.write_text(yaml.safe_dump(tree))
         return config, tmp_path / "run"
@@ -51,6 +52,7 @@ def go_on(config, *overrides):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_run_that_is_told_to_stop_saves_and_goes_on_as_if_it_had_not(job, tmp_path):
     """SIGTERM in mid-run ends it after a checkpoint with exit code 130; resumed, it gives the uninterrupted losses."""
     config, folder = job({})
@@ -91,6 +93,27 @@ def test_a_streaming_run_that_is_interrupted_loses_and_doubles_nothing(job):
     for epoch in range(max(epoch for epoch, _ in prompts)):  # whole epochs hold each of the 40 prompts once
         assert sorted(prompt for e, prompt in prompts if e == epoch) == list(range(40))
     assert all(0 <= line["step"] - 1 - line["versions"][0] <= 2 for line in ledger)
+
+
+@pytest.mark.slow
+def test_a_run_with_critics_that_is_killed_goes_on_from_its_checkpoint(job, tmp_path):
+    """SIGKILL: nothing is told. What was made after the last checkpoint is made again, critics and all."""
+    matching = {"type": "moment_matching", "future_credit": "mc", "warmup_inner_steps": 2}
+    mixed = {"on_policy_fraction": 0.5, "mixing": "per_sample"}
+    config, folder = job({"trainer": {"checkpoint_every": 2}, "data": mixed}, matching)
+    code, _, _ = interrupt(config, folder, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    saved = max(int(path.name.removeprefix("step_")) for path in (folder / "checkpoints").glob("step_*"))
+    assert saved >= 4
+    end = f"trainer.max_steps={saved + 4}"
+    assert f"going on after step {saved}" in go_on(config, end)
+    go_on(config, end, f"run.output_dir={tmp_path / 'whole'}")
+    names = ("loss/total", "loss/d_on", "loss/d_off")
+    killed, whole = (
+        [[line[name] for name in names if name in line] for line in read_lines(run / "metrics.jsonl")]
+        for run in (folder, tmp_path / "whole")
+    )
+    assert len(killed) == saved + 4 and killed == whole
 
 
 def test_eval_measures_a_model_against_its_teacher(models, train_file, tmp_path, ray_cluster):

@@ -89,6 +89,7 @@ def test_an_adapter_on_sharded_ranks(train):
     assert losses(metrics) == pytest.approx(losses(alone), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_several_workers_of_each_kind(train, plain):
     """Two engines and two teachers give the tokens that one of each gives."""
     changes = {"rollout.num_actors": 2, "teacher.num_actors": 2, "trainer.zero_stage": 0}

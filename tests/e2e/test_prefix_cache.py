@@ -87,6 +87,7 @@ def test_rollouts_begun_after_a_sync_are_a_fresh_engines(models, new_model, ray_
     assert sum(tokens >= 128 for tokens in cached) >= len(after) * 3 // 4
 
 
+@pytest.mark.slow
 def test_another_trainers_versions_share_nothing_with_the_last_ones(models, new_model, ray_cluster):
     """An engine that is kept from run to run sees the same version number with other weights."""
     old = models("qwen2", tied=True, context=384)

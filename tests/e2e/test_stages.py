@@ -39,6 +39,7 @@ def test_sft_then_on_policy_distillation(train, tmp_path):
 WRITTEN = {"name": "written", "steps": 2, "objective": {"type": "seq_kd"}, "rollout": {"samples_per_prompt": 2}}
 
 
+@pytest.mark.slow
 def test_seq_kd_then_on_policy_distillation(train):
     """The teacher's engines write first; then the student's do, and the teacher scores. All are up from the start."""
     distill = {"steps": 2, "objective": KL, "trainer": {"batch_size": 4}}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from divergence_cases import ONE_OF_EACH
 from live_memory import LiveMemory
 
 from gkd import divergences, logits
@@ -9,22 +10,12 @@ from gkd.divergences import closed_form
 from gkd.divergences.kl import ReverseKl
 from gkd.logits import map_chunks
 
-DIVERGENCES = {
-    "forward_kl": divergences.forward_kl,
-    "reverse_kl": divergences.reverse_kl,
-    "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.3),
-    "skew_forward_kl": lambda s, t: divergences.skew_forward_kl(s, t, alpha=0.2),
-    "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
-    "total_variation": divergences.total_variation,
-    "adaptive_kl": lambda s, t: divergences.adaptive_kl(s, t, head_mass=0.5),
-}
-
 
 def random_logits(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 @pytest.mark.parametrize("elements", [1, 90, 100])
 def test_blocks_change_nothing(name, elements, monkeypatch):
     """Blocks of one token, of 3 with 1 left over, and of 3 with room to spare."""
@@ -32,14 +23,14 @@ def test_blocks_change_nothing(name, elements, monkeypatch):
     for size in (2**20, elements):
         monkeypatch.setitem(closed_form.BLOCK_ELEMENTS, "cpu", size)
         student = random_logits(7, 30).requires_grad_()
-        loss_T = DIVERGENCES[name](student, random_logits(7, 30, seed=1))
+        loss_T = ONE_OF_EACH[name](student, random_logits(7, 30, seed=1))
         (gradient_TV,) = torch.autograd.grad(loss_T, student, torch.linspace(0.5, 2.0, 7))
         results.append((loss_T, gradient_TV))
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("name", [name for name in DIVERGENCES if name != "total_variation"])
+@pytest.mark.parametrize("name", [name for name in ONE_OF_EACH if name != "total_variation"])
 def test_float32_is_enough_where_student_and_teacher_are_close(name):
     """Their difference must not drown in the rounding of what they share. (A distance's gradient is all signs.)"""
     teacher = 4 * random_logits(4, 20_000)
@@ -47,7 +38,7 @@ def test_float32_is_enough_where_student_and_teacher_are_close(name):
     gradients = []
     for dtype in (torch.float32, torch.float64):
         ours = student.to(dtype).requires_grad_()
-        gradients += torch.autograd.grad(DIVERGENCES[name](ours, teacher.to(dtype)).sum(), ours)
+        gradients += torch.autograd.grad(ONE_OF_EACH[name](ours, teacher.to(dtype)).sum(), ours)
     single, double = gradients
     assert ((single - double).norm(dim=-1) / double.norm(dim=-1)).max() < 4e-3
 
@@ -67,14 +58,14 @@ def test_a_normalised_jsd_is_exact_where_student_and_teacher_are_close(beta):
     )
 
 
-@pytest.mark.parametrize("name", DIVERGENCES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_one_tensor_is_made_beside_the_logits(name, monkeypatch):
     """Student, teacher and gradient, and at most 12 tensors of a block, here of one token."""
     tokens, rows = 64, 1000
     monkeypatch.setitem(closed_form.BLOCK_ELEMENTS, "cpu", rows)
     student, teacher = random_logits(tokens, rows).requires_grad_(), random_logits(tokens, rows, seed=1)
     with LiveMemory() as memory:
-        DIVERGENCES[name](student, teacher).sum().backward()
+        ONE_OF_EACH[name](student, teacher).sum().backward()
     assert 3 * tokens < memory.peak_bytes / (4 * rows) < 3 * tokens + 12
 
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 import torch
 from batches import objective_inputs
+from divergence_cases import ONE_OF_EACH
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import make_model
 
-from gkd import divergences
 from gkd.arrays import to_array
 from gkd.head import HeadWeights
 from gkd.logits import HeadLogits, JoinedLogits, WholeLogits
@@ -21,16 +21,7 @@ from gkd.sparse import sampled_signal, top_k_signal
 from gkd.teacher_view import view_of
 
 CPU = torch.device("cpu")
-DIVERGENCES = {
-    "forward_kl": divergences.forward_kl,
-    "reverse_kl": divergences.reverse_kl,
-    "jsd": lambda s, t: divergences.generalized_jsd(s, t, beta=0.3),
-    "skew_forward_kl": lambda s, t: divergences.skew_forward_kl(s, t, alpha=0.2),
-    "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
-    "total_variation": divergences.total_variation,
-    "adaptive_kl": lambda s, t: divergences.adaptive_kl(s, t, head_mass=0.5),
-}
-F_DIVERGENCES = [name for name in DIVERGENCES if name != "adaptive_kl"]
+F_DIVERGENCES = [name for name in ONE_OF_EACH if name != "adaptive_kl"]
 TWINS = {
     "jsd": lambda s, t: naive.generalized_jsd(s, t, beta=0.3),
     "skew_forward_kl": lambda s, t: naive.skew_forward_kl(s, t, alpha=0.2),
@@ -52,12 +43,12 @@ def view(*signals, heads=None, rows=9):
 
 def loss_and_gradient(student, teacher_view, *, divergence="forward_kl", temperature=1.0):
     inputs = objective_inputs(student, teacher=teacher_view)
-    loss_T = Distill(divergence=DIVERGENCES[divergence], temperature=temperature)(inputs).loss_T
+    loss_T = Distill(divergence=ONE_OF_EACH[divergence], temperature=temperature)(inputs).loss_T
     (gradient,) = torch.autograd.grad(loss_T.sum(), student)
     return loss_T.detach(), gradient
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH)
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_top_k_of_all_rows_is_exact(divergence, temperature):
     student, teacher, ids = pair()
@@ -84,7 +75,7 @@ def test_a_top_k_signal_is_a_proper_distribution_and_never_exceeds_the_exact_div
         mass = np.exp(signal.logprobs_TK[t].astype(np.float64)).sum() + np.exp(np.float64(signal.tail_T[t]))
         assert mass == pytest.approx(1.0, abs=1e-5)
         assert signal.sampled_T[t] == pytest.approx(log_p[t, ids[t]].item(), abs=1e-4)
-    for name in DIVERGENCES:
+    for name in ONE_OF_EACH:
         exact, _ = loss_and_gradient(student, view(FullLogits.from_tensor(teacher)), divergence=name)
         sparse, gradient = loss_and_gradient(student, view(signal), divergence=name)
         assert (sparse >= 0).all() and torch.isfinite(gradient).all()
@@ -103,7 +94,7 @@ def test_an_adaptive_kl_of_a_few_tokens_may_exceed_the_exact_one():
     assert sparse.item() > 1.5 * exact.item() > 0
 
 
-@pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("divergence", ONE_OF_EACH)
 def test_the_gradient_of_a_sparse_divergence_is_that_of_the_merged_distributions(divergence):
     """Written without any of the code under test: merge the other rows into one outcome, in float64."""
     student, teacher, ids = pair(tokens=4)

@@ -1,0 +1,1 @@
+"""How fast a step is and what it holds: beside TRL's `GKDTrainer`, and beside the parts that it is made of."""

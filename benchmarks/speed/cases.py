@@ -1,0 +1,151 @@
+"""What is measured: model pairs, batches and lengths, and the files that all systems read."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+FOLDER = Path("outputs/bench")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shape:
+    """Of a Llama with a tied head."""
+
+    width: int
+    layers: int
+    heads: int
+    key_value_heads: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """A student and its teacher, with random weights: what they say does not change what a step costs."""
+
+    name: str
+    vocabulary: int
+    student: Shape
+    teacher: Shape
+
+
+LARGE = Pair(
+    name="32k",
+    vocabulary=32_000,
+    student=Shape(width=256, layers=4, heads=4, key_value_heads=2),
+    teacher=Shape(width=512, layers=12, heads=8, key_value_heads=4),
+)
+"""11.3 M and 54 M parameters."""
+SMALL = Pair(
+    name="2k",
+    vocabulary=2_048,
+    student=Shape(width=128, layers=2, heads=4, key_value_heads=2),
+    teacher=Shape(width=256, layers=6, heads=8, key_value_heads=2),
+)
+"""0.66 M and 5.2 M."""
+TINY = Pair(
+    name="tiny",
+    vocabulary=17,
+    student=Shape(width=64, layers=2, heads=2, key_value_heads=2),
+    teacher=Shape(width=128, layers=6, heads=4, key_value_heads=4),
+)
+"""The quickstart's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One on-policy step, many times."""
+
+    name: str
+    pair: Pair
+    batch: int
+    """Sequences of a step."""
+    prompt_tokens: tuple[int, int]
+    """Shortest and longest."""
+    new_tokens: tuple[int, int]
+    """Shortest and longest; each sequence's is settled beforehand, so that all systems make the same tokens."""
+    warm_up: int = 1
+    """Steps that are not counted."""
+    steps: int = 4
+    """Steps that are."""
+
+    @property
+    def folder(self) -> Path:
+        """Of the pair and the prompts."""
+        return FOLDER / self.name
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether all sequences are equally long."""
+        return self.new_tokens[0] == self.new_tokens[1]
+
+
+_FIXED: dict[str, Any] = {"prompt_tokens": (12, 12), "new_tokens": (128, 128)}
+CASES = {
+    case.name: case
+    for case in (
+        Case(name="fixed_32k_b16", pair=LARGE, batch=16, **_FIXED),
+        Case(name="fixed_32k_b32", pair=LARGE, batch=32, **_FIXED),
+        Case(name="natural_32k_b32", pair=LARGE, batch=32, prompt_tokens=(16, 128), new_tokens=(16, 256)),
+        Case(name="fixed_2k_b16", pair=SMALL, batch=16, warm_up=3, steps=12, **_FIXED),
+        Case(name="fixed_2k_b64", pair=SMALL, batch=64, warm_up=2, steps=8, **_FIXED),
+        Case(name="quickstart", pair=TINY, batch=32, prompt_tokens=(12, 20), new_tokens=(15, 27), warm_up=5, steps=30),
+    )
+}
+
+
+def write_inputs(case: Case) -> None:
+    """Models, tokenizer and prompts. Token 0 pads and token 1 stops; prompts have neither."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    pair = case.pair
+    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, pair.vocabulary)}
+    words = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
+    for name, shape in (("student", pair.student), ("teacher", pair.teacher)):
+        torch.manual_seed(len(name))
+        config = LlamaConfig(
+            vocab_size=pair.vocabulary,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            num_key_value_heads=shape.key_value_heads,
+            intermediate_size=3 * shape.width,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=1,
+            pad_token_id=0,
+        )
+        AutoModelForCausalLM.from_config(config).save_pretrained(case.folder / name)
+        tokenizer.save_pretrained(case.folder / name)
+    random = np.random.default_rng(0)
+    with (case.folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
+        for _ in range(case.batch * (case.warm_up + case.steps)):
+            ids = random.integers(2, pair.vocabulary, random.integers(case.prompt_tokens[0], case.prompt_tokens[1] + 1))
+            length = int(random.integers(case.new_tokens[0], case.new_tokens[1] + 1))
+            record = {"prompt": " ".join(f"w{i}" for i in ids), "new_tokens": length}
+            file.write(json.dumps(record) + "\n")
+
+
+def read_prompts(case: Case) -> list[tuple[tuple[int, ...], int]]:
+    """(token ids, length of the completion) of every prompt, in the file's order."""
+    lines = (case.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    records = [json.loads(line) for line in lines]
+    return [(tuple(int(word[1:]) for word in r["prompt"].split()), r["new_tokens"]) for r in records]
+
+
+def lengths_by_prompt(case: Case) -> Mapping[tuple[int, ...], int]:
+    """Token ids of a prompt -> how long its completion is."""
+    return dict(read_prompts(case))
+
+
+def batches(case: Case) -> list[Sequence[tuple[tuple[int, ...], int]]]:
+    """The prompts of each step, for systems that take them in the file's order."""
+    prompts = read_prompts(case)
+    return [prompts[at : at + case.batch] for at in range(0, len(prompts), case.batch)]

@@ -1,0 +1,150 @@
+"""The parts that no design can leave out, each alone on the batches of a case: `benchmarks.speed.floor CASE OUTPUT`.
+
+The engine generates; the teacher reads; the student reads, is compared with its teacher and learns; the optimizer
+steps.
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ray
+import torch
+
+from benchmarks.speed.cases import CASES, Case, batches, lengths_by_prompt
+from benchmarks.speed.ours import SettledWorkers
+from gkd.divergences import generalized_jsd
+from gkd.model_loading import load_causal_lm
+from gkd.objectives import Distill
+from gkd.reduce import weighted_sum
+from gkd.response_forward import ResponseForward
+from gkd.signals import SignalKind
+from gkd.types import Prompt, Rollout, SampleId, ScoredRollout
+from launch.placement import Place
+from launch.ray_session import ray_session
+from rollout.hf_teacher import HfTeacher, TeacherSettings
+from rollout.rollout_actor import RolloutActor, generate
+from rollout.vllm_generator import GeneratorSettings
+from trainer.micro_batch import MicroBatches
+from trainer.share import RankShare, share_out
+from trainer.teacher_source import SentSignals
+
+_TOKENS_PER_MICRO_BATCH = 4096
+
+
+def measure(case: Case) -> dict[str, float]:
+    """Medians over the steps that count, in seconds."""
+    rollouts, rollout_s = _generate(case)
+    teacher = HfTeacher(
+        TeacherSettings(
+            model=str(case.folder / "teacher"),
+            dtype="float32",
+            rows=case.pair.vocabulary,
+            signal=SignalKind.HIDDEN_STATES,
+        )
+    )
+    scored: list[list[ScoredRollout]] = []
+
+    def score(batch: Sequence[Rollout]) -> None:
+        signals = teacher.score(batch)
+        scored.append(
+            [ScoredRollout(rollout=rollout, signal=signal) for rollout, signal in zip(batch, signals, strict=True)]
+        )
+
+    teacher_s = _median(case, score, rollouts)
+    student = load_causal_lm(str(case.folder / "student"), dtype="float32", init="pretrained")
+    signals = SentSignals(rows=case.pair.vocabulary, device=torch.device("cpu"))
+    signals.take_heads({"teacher": teacher.head()})
+    micro = MicroBatches(ResponseForward(student), signals, rows=case.pair.vocabulary)
+    objective = Distill(divergence=lambda s, t: generalized_jsd(s, t, beta=0.5), temperature=1.0)
+
+    def learn(batch: list[ScoredRollout]) -> None:
+        (share,) = share_out(
+            [sample.rollout for sample in batch],
+            num_ranks=1,
+            tokens_per_micro_batch=_TOKENS_PER_MICRO_BATCH,
+            reduction="token_mean",
+        )
+        for places in share.micro_batches:
+            _forward(micro, objective, batch, share, places).backward()
+
+    student.train()
+    train_s = _median(case, learn, scored)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
+    optimizer_s = _median(case, lambda _: optimizer.step(), scored)
+    return {"rollout_s": rollout_s, "teacher_s": teacher_s, "train_s": train_s, "optimizer_s": optimizer_s}
+
+
+def _forward(
+    micro: MicroBatches, objective: Distill, batch: list[ScoredRollout], share: RankShare, places: tuple[int, ...]
+) -> torch.Tensor:
+    def loss_of(inputs: Any, weights_T: torch.Tensor) -> torch.Tensor:
+        output = objective(inputs)
+        return weighted_sum(output.loss_T, weights_T, output.mask_T)
+
+    return micro.through(batch, share, places, loss_of)
+
+
+def _generate(case: Case) -> tuple[list[list[Rollout]], float]:
+    """The batches' rollouts, and seconds for one."""
+    longest = case.prompt_tokens[1] + case.new_tokens[1]
+    settings = GeneratorSettings(
+        model=str(case.folder / "student"),
+        load_weights=True,
+        seed=0,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=case.new_tokens[1],
+        max_model_len=longest,
+        max_concurrent=256,
+        dtype="float32",
+        tensor_parallel_size=1,
+        adapter=None,
+        vocabulary=case.pair.vocabulary,
+        stop_ids=(),
+        logprobs=False,
+        probe_prompts=((2,),),
+        on_gpu=False,
+        kv_cache_gib=1.0,
+        gpu_memory_utilization=0.9,
+        weight_backend="object_store",
+    )
+    prompts = [
+        [Prompt(id=SampleId(step, i, 0), token_ids=ids) for i, (ids, _) in enumerate(batch)]
+        for step, batch in enumerate(batches(case))
+    ]
+    made: list[list[Rollout]] = []
+    with ray_session(), SettledWorkers([Place("rollout", 1, 0)], lengths_by_prompt(case)) as workers:
+        actor = workers.start("rollout", RolloutActor, settings)
+        workers.wait_ready(300)
+        seconds = _median(
+            case, lambda batch: made.append(list(generate(actor, batch, temperature=1.0, timeout_s=600))), prompts
+        )
+    assert not ray.is_initialized()
+    return made, seconds
+
+
+def _median(case: Case, work: Callable[[Any], None], batches: Sequence[Any]) -> float:
+    seconds = []
+    for batch in batches:
+        start = time.perf_counter()
+        work(batch)
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[case.warm_up :])
+
+
+def main() -> None:
+    """Measure a case and write what came out."""
+    name, output = sys.argv[1:]
+    Path(output).write_text(json.dumps(measure(CASES[name])), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

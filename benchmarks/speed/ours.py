@@ -1,0 +1,122 @@
+"""A run of `gkd train` on a case: `python -m benchmarks.speed.ours CASE STALENESS OUTPUT`."""
+
+import json
+import os
+import shutil
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ray
+from rich.console import Console
+
+from benchmarks.speed.cases import CASES, Case, lengths_by_prompt
+from gkd.types import Prompt
+from launch.placement import Place
+from launch.ray_session import Workers, ray_session
+from rollout.rollout_actor import RolloutActor
+from rollout.vllm_generator import GeneratorSettings, VllmGenerator
+
+READY = "ready"
+"""Printed once everything is loaded."""
+_TIMES = ("step", "rollout", "teacher", "train", "train_wait", "rollout_wait", "teacher_wait")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _SettledLengths:
+    engine: GeneratorSettings
+    lengths: Mapping[tuple[int, ...], int]
+
+
+class _Generator(VllmGenerator):
+    """Ends each response where the case says."""
+
+    def __init__(self, settings: _SettledLengths) -> None:
+        super().__init__(settings.engine)
+        self._lengths = settings.lengths
+
+    def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str, priority: int = 0) -> None:
+        if prompt.token_ids in self._lengths:
+            params.max_tokens, params.stop_token_ids = self._lengths[prompt.token_ids], []
+        super()._add_request(name, prompt, params, salt=salt, priority=priority)
+
+
+@ray.remote
+class _Actor(RolloutActor.__ray_metadata__.modified_class):  # type: ignore[misc]
+    def __init__(self, settings: _SettledLengths) -> None:
+        self._generator = _Generator(settings)
+
+
+class SettledWorkers(Workers):
+    """The workers of a run, whose engine knows how long each response is."""
+
+    def __init__(self, places: list[Place], lengths: Mapping[tuple[int, ...], int]) -> None:
+        super().__init__(places)
+        self._lengths = lengths
+
+    def start(self, worker: str, actor_class: Any, settings: Any) -> Any:
+        """Start an actor."""
+        if worker == "rollout":
+            return super().start(worker, _Actor, _SettledLengths(engine=settings, lengths=self._lengths))
+        return super().start(worker, actor_class, settings)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Wait until every actor is up, and say so."""
+        super().wait_ready(timeout_s)
+        print(READY, flush=True)
+
+
+def config_tree(case: Case, *, max_staleness: int) -> dict[str, Any]:
+    """The run's config."""
+    return {
+        "run": {"name": case.name, "output_dir": str(case.folder / "gkd"), "resume": "never"},
+        "student": {"model": str(case.folder / "student")},
+        "teacher": {"model": str(case.folder / "teacher")},
+        "data": {"train": {"path": str(case.folder / "prompts.jsonl")}},
+        "rollout": {"max_new_tokens": case.new_tokens[1]},
+        "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
+        "trainer": {
+            "max_steps": case.warm_up + case.steps,
+            "batch_size": case.batch,
+            "learning_rate": 1e-4,
+            "checkpoint_every": 0,
+        },
+        "sync": {"max_staleness": max_staleness},
+    }
+
+
+def measure(case: Case, *, max_staleness: int) -> dict[str, float]:
+    """Medians over the steps that count, in seconds, and the start-up."""
+    from gkd.config import parse_config
+    from launch.train import run_training
+
+    shutil.rmtree(case.folder / "gkd", ignore_errors=True)
+    open_workers = partial(SettledWorkers, lengths=lengths_by_prompt(case))
+    begun = time.time()
+    with ray_session():
+        run_training(parse_config(config_tree(case, max_staleness=max_staleness)), Console(), open_workers=open_workers)
+    lines = [json.loads(line) for line in (case.folder / "gkd" / "metrics.jsonl").read_text().splitlines()]
+    counted = lines[case.warm_up : -1] or lines[-1:]  # the last step waits for no next one
+    expected = sum(lengths_by_prompt(case).values())
+    assert sum(line["tokens/generated"] for line in lines) == expected, "the lengths are settled"
+    found = {f"{name}_s": statistics.median(line[f"time/{name}_s"] for line in counted) for name in _TIMES}
+    found["sync_s"] = statistics.median(line["sync/seconds"] for line in counted)
+    found["tokens"] = statistics.fmean(line["tokens/generated"] for line in counted)
+    return found | {"whole_s": time.time() - begun}
+
+
+def main() -> None:
+    """Measure a case and write what came out."""
+    name, staleness, output = sys.argv[1:]
+    Path(output).write_text(json.dumps(measure(CASES[name], max_staleness=int(staleness))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
