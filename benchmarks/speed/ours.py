@@ -18,6 +18,7 @@ import ray
 from rich.console import Console
 
 from benchmarks.speed.cases import CASES, Case, lengths_by_prompt
+from gkd.trace import Lane, TracedWorker
 from gkd.types import Prompt
 from launch.placement import Place
 from launch.ray_session import Workers, ray_session
@@ -51,6 +52,7 @@ class _Generator(VllmGenerator):
 @ray.remote
 class _Actor(RolloutActor.__ray_metadata__.modified_class):  # type: ignore[misc]
     def __init__(self, settings: _SettledLengths) -> None:
+        TracedWorker.__init__(self, Lane())  # in the place of the actor's own start
         self._generator = _Generator(settings)
 
 

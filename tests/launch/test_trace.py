@@ -1,11 +1,13 @@
 """The timeline's file, and who is asked when; with actors that answer when the test lets them."""
 
 import json
+import time
 
 import pytest
+import ray
 
 from gkd.errors import Interrupted
-from gkd.trace import Interval
+from gkd.trace import Interval, Lane, TracedWorker
 from launch.trace import NoTrace, Trace
 from launch.trace_file import TraceFile
 
@@ -72,7 +74,7 @@ class Actor:
         return Call(self, [Interval("work", number * 1000, number * 1000 + 500, {"number": number})])
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fake_ray(monkeypatch):
     def get(calls, timeout=None):
         return [call.value for call in calls] if isinstance(calls, list) else calls.value
@@ -89,7 +91,7 @@ def intervals(path):
     return [e for e in json.loads(path.read_text(encoding="utf-8")) if e["ph"] == "X"]
 
 
-def test_workers_are_asked_after_every_step_and_not_waited_for(tmp_path):
+def test_workers_are_asked_after_every_step_and_not_waited_for(tmp_path, fake_ray):
     trace, quick, slow = Trace(tmp_path / "t.json", timeout_s=5), Actor(), Actor(busy=True)
     trace.follow({"rollout": [quick, slow]})
     with trace:
@@ -104,7 +106,7 @@ def test_workers_are_asked_after_every_step_and_not_waited_for(tmp_path):
     assert sorted(numbers) == [(0, 2), (0, 3), (0, 4), (0, 5), (1, 2), (1, 3)]
 
 
-def test_who_never_answers_does_not_hold_up_the_end(tmp_path):
+def test_who_never_answers_does_not_hold_up_the_end(tmp_path, fake_ray):
     trace, hanging = Trace(tmp_path / "t.json", timeout_s=5), Actor(busy=True)
     trace.follow({"rollout": [Actor()], "reward": [hanging]})
     with trace:
@@ -114,7 +116,7 @@ def test_who_never_answers_does_not_hold_up_the_end(tmp_path):
 
 
 @pytest.mark.parametrize(("error", "asks"), [(Interrupted("stopped"), True), (RuntimeError("a worker died"), False)])
-def test_of_a_run_that_fails_only_what_is_here_is_written(tmp_path, error, asks):
+def test_of_a_run_that_fails_only_what_is_here_is_written(tmp_path, fake_ray, error, asks):
     trace, actor = Trace(tmp_path / "t.json", timeout_s=5), Actor()
     trace.follow({"teacher": [actor]})
     loop = trace.lane("loop")
@@ -124,7 +126,7 @@ def test_of_a_run_that_fails_only_what_is_here_is_written(tmp_path, error, asks)
     assert [e["name"] for e in intervals(tmp_path / "t.json")] == ["train"] + ["work"] * asks
 
 
-def test_lanes_have_the_same_place_in_every_run(tmp_path):
+def test_lanes_have_the_same_place_in_every_run(tmp_path, fake_ray):
     def places(path, workers):
         trace = Trace(path, timeout_s=5)
         trace.lane("loop")
@@ -150,7 +152,7 @@ def test_lanes_have_the_same_place_in_every_run(tmp_path):
     assert len(set(many.values())) == len({thread for _, thread in many.values()}) == len(many)
 
 
-def test_rounding_keeps_nested_intervals_nested(tmp_path):
+def test_rounding_keeps_nested_intervals_nested(tmp_path, fake_ray):
     trace = Trace(tmp_path / "t.json", timeout_s=5)
     trace.follow({"trainer": [Actor(busy=True)]})
     lane = trace.lane("loop")
@@ -174,3 +176,30 @@ def test_without_a_timeline_nothing_is_recorded(tmp_path):
             pass
         trace.show({"step": 1})
     assert training.seconds > 0 and lane.take() == []
+
+
+def test_intervals_of_real_actors_arrive_in_the_order_of_time(tmp_path, ray_cluster):
+    @ray.remote(num_cpus=0)
+    class Worker(TracedWorker):
+        def __init__(self):
+            super().__init__(Lane())
+
+        def work(self, number):
+            with self._lane.span("work", number=number):
+                time.sleep(0.01)
+
+    actors = [Worker.remote() for _ in range(2)]
+    trace = Trace(tmp_path / "t.json", timeout_s=60)
+    trace.follow({"teacher": actors})
+    loop = trace.lane("loop")
+    with trace:
+        for step in range(3):
+            for actor in actors:
+                with loop.span("wait", step=step):
+                    ray.get(actor.work.remote(step))
+            trace.show({"step": step})
+    work, waits = ([e for e in intervals(tmp_path / "t.json") if e["name"] == name] for name in ("work", "wait"))
+    work.sort(key=lambda e: e["ts"])
+    assert [(e["tid"] % 1000, e["args"]["number"]) for e in work] == [(i, step) for step in range(3) for i in range(2)]
+    for inner, outer in zip(work, waits, strict=True):  # the clocks of a host's processes agree
+        assert outer["ts"] - 1000 < inner["ts"] and inner["ts"] + inner["dur"] < outer["ts"] + outer["dur"] + 1000
