@@ -70,7 +70,7 @@ class LogConfig(Section):
     wandb: bool = False
     """Log to Weights & Biases."""
     trace: bool = False
-    """Write `trace.json`, a timeline of all workers: open it in ui.perfetto.dev. It grows by about 100 bytes an interval."""
+    """Write `trace.json`, a timeline of all workers, to open in ui.perfetto.dev: about 100 bytes for each interval."""
     rollouts_every: NonNegativeInt = 25
     """Steps between samples of rollouts written as text; 0 is never."""
     rollouts_kept: Count = 4
