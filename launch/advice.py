@@ -35,7 +35,7 @@ def advise(run: MeasuredRun) -> list[str]:
         return [
             f"the round trip of a batch bounds the step of {run.step_s:.3g} s, the workers take turns: {waited}",
             f"raise sync.max_staleness from {config.sync.max_staleness} to {staleness}: about {seconds:.3g} s a step if "
-            f"the workers have devices of their own; {_is_busiest(busiest)}",
+            f"the workers have devices of their own; then {_bounds(busiest)} it",
         ]
     return [
         f"{_bounds(bound)} the step of {run.step_s:.3g} s{': ' if waited else ''}{waited}",
@@ -50,10 +50,6 @@ def under_way_of(config: Config) -> int:
 
 def _bounds(bound: Bound) -> str:
     return f"{_NAMES[bound]} {'bound' if bound == 'rollout' else 'bounds'}"
-
-
-def _is_busiest(bound: Bound) -> str:
-    return f"then {_bounds(bound)} it"
 
 
 def _one_more(run: MeasuredRun, bound: Bound, under_way: int) -> list[str]:

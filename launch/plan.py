@@ -166,10 +166,7 @@ def _rates(
     needed = {"rollout": split.engines, "teacher": split.teachers, "train": split.ranks}
     missing = [name for name, number in needed.items() if number and getattr(rates, name) is None]
     if len(missing) == sum(1 for number in needed.values() if number):
-        return None, [
-            "times need rates: --run DIR of a finished run, or --rollout-tokens-per-s, --teacher-tokens-per-s and "
-            "--train-tokens-per-s, or --peak-tflops with --utilisation"
-        ]
+        return None, []
     if missing:
         raise UserError(
             f"--{missing[0]}-tokens-per-s", None, "is missing, and other rates are given.", "Give all, or a --run."
@@ -235,8 +232,8 @@ def _refuse_too_large(needs: Sequence[Need], limit_gib: float) -> None:
         raise UserError(
             "--device-memory-gib",
             limit_gib,
-            f"is too little for the {need.worker}, which needs {need.num_bytes / GIB:.1f} GiB, {need.parts[part] / GIB:.1f} "
-            f"of them for its {part}.",
+            f"is too little for the {need.worker}, which needs {need.num_bytes / GIB:.1f} GiB, "
+            f"{need.parts[part] / GIB:.1f} of them for its {part}.",
             _CURES.get(need.worker.split(" ")[0], "Use a smaller model, or larger devices."),
         )
 

@@ -50,10 +50,9 @@ class PlanRequest:
             if name.endswith("utilisation") and value is not None and value > 1:
                 raise UserError(option, value, "is no share.", "Give a number up to 1, such as 0.4.")
         if (self.peak_tflops is None) != (self.utilisation is None):
-            given, other = (
-                ("--utilisation", "--peak-tflops") if self.utilisation else ("--peak-tflops", "--utilisation")
-            )
-            raise UserError(given, self.utilisation or self.peak_tflops, f"says little without {other}.", "Give both.")
+            options = ("--peak-tflops", "--utilisation")
+            given, other = options if self.utilisation is None else options[::-1]
+            raise UserError(given, self.peak_tflops or self.utilisation, f"says little without {other}.", "Give both.")
         if self.rollout_utilisation is not None and self.peak_tflops is None:
             raise UserError(
                 "--rollout-utilisation", self.rollout_utilisation, "says little without --peak-tflops.", "Give both."

@@ -13,6 +13,10 @@ from launch.plan import Plan, Timing, make_plan
 from launch.plan_request import PlanRequest
 from launch.worker_table import worker_table
 
+_WITHOUT_RATES = (
+    "Times and a split of devices need rates: --run DIR of a finished run; or --rollout-tokens-per-s, "
+    "--teacher-tokens-per-s and --train-tokens-per-s; or --peak-tflops with --utilisation."
+)
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -32,10 +36,7 @@ def run_plan(config: Config, request: PlanRequest, console: Console, *, as_json:
 def plan_json(plan: Plan) -> str:
     """Everything in one object; sizes in bytes, times in seconds."""
     found: dict[str, Any] = {
-        "workers": [
-            {"worker": need.worker, "num": need.num, "bytes": need.num_bytes, "parts": need.parts}
-            for need in plan.needs
-        ],
+        "workers": [asdict(need) | {"num_bytes": need.num_bytes} for need in plan.needs],
         "wires": plan.wires,
         "splits": {name: asdict(timing) for name, timing in plan.timings.items()},
         "measured_step_s": plan.measured_step_s,
@@ -52,6 +53,8 @@ def show_plan(config: Config, plan: Plan, console: Console) -> None:
     console.print(_wires(plan))
     if plan.timings:
         console.print(_splits(config, plan))
+    else:
+        console.print(_WITHOUT_RATES, highlight=False, soft_wrap=True)
     for sentence in plan.advice:
         console.print(escape(sentence), highlight=False, soft_wrap=True)
     if plan.measured_step_s and plan.recomposed_step_s:
@@ -84,9 +87,7 @@ def _splits(config: Config, plan: Plan) -> Table:
     table = Table("", *plan.timings, title="an optimizer step, in seconds")
     staleness = config.sync.max_staleness
     rows = {
-        "rollout engines : teachers : trainer ranks": lambda t: (
-            f"{t.split.engines} : {t.split.teachers} : {t.split.ranks}"
-        ),
+        "engines : teachers : ranks": lambda t: f"{t.split.engines} : {t.split.teachers} : {t.split.ranks}",
         "devices": lambda t: f"{t.devices:,}",
         "rollouts": lambda t: _seconds(t.stages.rollout_s),
         "teacher": lambda t: _seconds(t.stages.teacher_s),

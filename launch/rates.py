@@ -1,4 +1,4 @@
-"""How fast the workers are: from a finished run, from what the user says, or from arithmetic and a stated utilisation."""
+"""How fast the workers are: from a finished run, or from arithmetic and a stated utilisation."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -1,10 +1,10 @@
 """How long an optimizer step takes, from how long it keeps each kind of worker busy.
 
 A step's batch goes round: its prompts are let go when the engines serve a version, it is written, scored and trained
-on, and the new version is served. With `sync.max_staleness` = k as many as k + 1 batches are under way, so a step takes at
-least the round trip over k + 1; and it takes at least as long as it keeps any one worker busy. The larger of the two is
-the step. At k = 0 that is the sum of all stages, with a large k the largest. A sync keeps the trainer waiting and the
-engines from writing.
+on, and the new version is served. With `sync.max_staleness` = k as many as k + 1 batches are under way, so a step takes
+at least the round trip over k + 1; and it takes at least as long as it keeps any one worker busy. The larger of the two
+is the step. At k = 0 that is the sum of all stages, with a large k the largest. A sync keeps the trainer waiting, and
+the engines from writing.
 
 Scoring is taken to begin when a batch is written: a group is complete with its longest response, which comes late.
 """

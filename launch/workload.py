@@ -6,6 +6,7 @@ a run does; prompts are within them.
 
 from dataclasses import dataclass
 from math import ceil
+from typing import Any
 
 from gkd.config import Config
 from launch.memory import NUMBER_BYTES, Sizes, trained_parameters
@@ -112,7 +113,7 @@ def with_split(config: Config, split: Split) -> Config:
     """The config with other numbers of workers; those of several teachers are alike."""
     each = {"num_actors": split.engines if config.teacher_writes else split.teachers // len(config.all_teachers or [0])}
     changed = [teacher.model_copy(update=each) if each["num_actors"] else teacher for teacher in config.all_teachers]
-    updates = {"trainer": config.trainer.model_copy(update={"num_ranks": split.ranks})}
+    updates: dict[str, Any] = {"trainer": config.trainer.model_copy(update={"num_ranks": split.ranks})}
     if config.teacher is not None:
         updates["teacher"] = changed[0]
     elif changed:
