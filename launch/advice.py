@@ -34,8 +34,8 @@ def advise(run: MeasuredRun) -> list[str]:
         seconds = step_seconds(stages, batches_under_way=wanted)
         return [
             f"the round trip of a batch bounds the step of {run.step_s:.3g} s, the workers take turns: {waited}",
-            f"raise sync.max_staleness from {config.sync.max_staleness} to {staleness}: about {seconds:.3g} s a step if "
-            f"the workers have devices of their own; then {_bounds(busiest)} it",
+            f"raise sync.max_staleness from {config.sync.max_staleness} to {staleness}: about {seconds:.3g} s a step, "
+            f"if all have devices of their own; then {_bounds(busiest)} it",
         ]
     return [
         f"{_bounds(bound)} the step of {run.step_s:.3g} s{': ' if waited else ''}{waited}",
