@@ -103,7 +103,7 @@ def _splits(config: Config, plan: Plan) -> Table:
 
 
 def _seconds(seconds: float) -> str:
-    return f"{seconds:.3g}" if seconds else "-"
+    return f"{seconds:,.0f}" if seconds >= 100 else f"{seconds:.3g}" if seconds else "-"
 
 
 def _bound(timing: Timing) -> str:

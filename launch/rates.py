@@ -57,7 +57,7 @@ def read_run(folder: Path) -> MeasuredRun:
     text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     lines = [line for line in lines if line.get("stage") == lines[-1].get("stage")]
-    lines = lines[_WARM_UP:] or lines
+    lines = lines[_WARM_UP:-1] or lines  # after a run's last step nobody waits for a batch
     if not lines:
         raise UserError("--run", str(folder), "has no step yet.", "Name a run with some steps.")
     syncs = [line["sync/seconds"] for line in lines if line["sync/seconds"] > 0]

@@ -21,7 +21,7 @@ GIVEN = ["--rollout-tokens-per-s", "100", "--teacher-tokens-per-s", "200", "--tr
 def paper(tmp_path):
     """A config whose models are a config.json each, and whose data are a hub dataset that is not here."""
     for name, layers in (("student", 2), ("teacher", 4)):
-        config = make_config("qwen2", rows=1000)
+        config = make_config("llama", rows=1000)
         config.num_hidden_layers = layers
         config.save_pretrained(tmp_path / name)
     tree = yaml.safe_load(dump_config(plan_config(data={"max_prompt_tokens": 20}, rollout={"num_actors": 1})))
