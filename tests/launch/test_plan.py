@@ -1,6 +1,7 @@
 """`gkd plan` as a user has it: from models that are a config.json alone, and every mistake in one message."""
 
 import json
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,6 +15,7 @@ from launch.cli import app
 from launch.memory import GIB, estimate
 from launch.preflight import check
 
+ROOT = Path(__file__).resolve().parents[2]
 GIVEN = ["--rollout-tokens-per-s", "100", "--teacher-tokens-per-s", "200", "--train-tokens-per-s", "50"]
 
 
@@ -138,3 +140,16 @@ def test_a_run_of_another_config_is_refused(paper, tmp_path):
     run = write_run(tmp_path / "run", load_config(paper, ["trainer.dtype=bfloat16"]), [LINE] * 5)
     with pytest.raises(UserError, match=r"trainer\.dtype"):
         plan(paper, "--run", str(run))
+
+
+def test_the_pair_in_the_docs_is_planned_as_they_say(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    hardware = ["--peak-tflops", "989", "--utilisation", "0.4", "--rollout-utilisation", "0.05"]
+    limits = ["--devices", "8", "--device-memory-gib", "80", "--sync-bytes-per-s", "2e10"]
+    found = as_json("docs/examples/plan/plan.yaml", *hardware, *limits)
+    best, shown = found["splits"]["suggested"], (ROOT / "docs/PERFORMANCE.md").read_text()
+    split, seconds = best["split"], best["step_s"]
+    assert f"│ {split['engines']} : {split['teachers']} : {split['ranks']} " in shown
+    assert f"│ {seconds:.3g}, bound by the {best['bound']} │" in shown
+    # By hand: 7,615,616,512 parameters score 64 of 128 sequences of 1,536 tokens at 40 % of 989 TFLOP/s.
+    assert seconds == pytest.approx(2 * 7_615_616_512 * 64 * 1536 / (0.4 * 989e12))

@@ -73,9 +73,7 @@ def test_rates_of_another_run_are_refused(tmp_path, changes, field):
 
 def rates(config, sizes=SIZES):
     work = workload_of(config, prompt_tokens=6.0, response_tokens=10.0)
-    return rates_by_arithmetic(
-        config, work, sizes, peak_flops=1e6, utilisation=0.5, rollout_utilisation=0.1
-    )  # fmt: skip
+    return rates_by_arithmetic(config, work, sizes, peak_flops=1e6, utilisation=0.5, rollout_utilisation=0.1)
 
 
 def test_arithmetic_by_hand():
