@@ -11,13 +11,13 @@ from launch.memory import estimate
 from launch.models import ModelFacts
 from launch.offline import check_offline
 from launch.placement import Place, needed_places, plan_placement
-from launch.plan_table import plan_table
 from launch.preflight import Facts, check
 from launch.ray_session import joins_cluster, ray_session, resources
 from launch.run_folder import find_start
 from launch.signal_cache import not_stored, scored_texts
 from launch.stages import stage_names
 from launch.wire import wire_between
+from launch.worker_table import worker_table
 from rollout.tokenized import TokenizedData
 
 _OF_THE_STUDENT = {
@@ -55,7 +55,7 @@ def run_check(config: Config, console: Console, *, offline: bool) -> None:
     for row in rows:
         table.add_row(*row)
     console.print(table)
-    console.print(plan_table(places, estimate(config, sizes, on_gpu=on_gpus) if sizes else []))
+    console.print(worker_table(places, estimate(config, sizes, on_gpu=on_gpus) if sizes else []))
     for note in notes:
         console.print(f"[yellow]note:[/] {escape(note)}", highlight=False)
 

@@ -80,6 +80,56 @@ def score(config: ConfigFile, overrides: Overrides = None) -> None:
     run_score(parsed, Console())
 
 
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    run: Annotated[Path | None, typer.Option(help="Take rates from this finished run, and say who waited.")] = None,
+    devices: Annotated[int | None, typer.Option(help="Split so many devices over the workers.")] = None,
+    device_memory_gib: Annotated[
+        float | None, typer.Option(help="Of each device: what does not fit is refused.")
+    ] = None,
+    rollout_tokens_per_s: Annotated[float | None, typer.Option(help="Response tokens per second and device.")] = None,
+    teacher_tokens_per_s: Annotated[float | None, typer.Option(help="Likewise, scored.")] = None,
+    train_tokens_per_s: Annotated[float | None, typer.Option(help="Likewise, trained on.")] = None,
+    sync_bytes_per_s: Annotated[float | None, typer.Option(help="Of weights to each engine.")] = None,
+    peak_tflops: Annotated[float | None, typer.Option(help="Of a device: rates by arithmetic.")] = None,
+    utilisation: Annotated[float | None, typer.Option(help="Share of it that teachers and trainer reach.")] = None,
+    rollout_utilisation: Annotated[float | None, typer.Option(help="Share that engines reach, if another.")] = None,
+    prompt_tokens: Annotated[float | None, typer.Option(help="Mean length of a prompt.")] = None,
+    response_tokens: Annotated[float | None, typer.Option(help="Mean length of a response.")] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Workers are processes of a host without GPUs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Plan CONFIG on paper: memory of each worker, bytes over each wire, seconds of a step and what bounds it.
+
+    Starts nothing. Times need rates: of a run, given, or by arithmetic. Models may be folders with a config.json alone.
+    """
+    from gkd.config import load_config
+    from launch.plan_request import PlanRequest
+
+    parsed = load_config(config, overrides)
+    request = PlanRequest(
+        run=run,
+        devices=devices,
+        device_memory_gib=device_memory_gib,
+        rollout_tokens_per_s=rollout_tokens_per_s,
+        teacher_tokens_per_s=teacher_tokens_per_s,
+        train_tokens_per_s=train_tokens_per_s,
+        sync_bytes_per_s=sync_bytes_per_s,
+        peak_tflops=peak_tflops,
+        utilisation=utilisation,
+        rollout_utilisation=rollout_utilisation,
+        prompt_tokens=prompt_tokens,
+        response_tokens=response_tokens,
+        on_cpu=cpu,
+    )
+    request.check()
+    from launch.plan_view import run_plan
+
+    run_plan(parsed, request, Console(), as_json=as_json)
+
+
 @app.command("eval")
 def evaluate(
     model: Annotated[str, typer.Argument(help="The student: a folder in Hugging Face format, or a hub name.")],

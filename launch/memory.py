@@ -24,7 +24,8 @@ from launch.placement import teacher_workers
 from launch.signal_choice import signal_bytes
 
 GIB = 2**30
-_BYTES = {"float32": 4, "bfloat16": 2}
+NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
+"""Of a number in each precision."""
 _LIBRARIES = int(0.7 * GIB)
 """What a process holds with torch, Ray and an engine's code loaded (measured: 2.9 GiB for a driver and 3 workers)."""
 
@@ -70,6 +71,11 @@ class Need:
     def num_bytes(self) -> int:
         """Of each one."""
         return sum(self.parts.values())
+
+
+def trained_parameters(sizes: Sizes) -> int:
+    """n: the adapter's parameters, or without one all."""
+    return sizes.adapter or sizes.student.num_parameters
 
 
 def estimate(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
@@ -125,8 +131,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - weight buckets: one gathered and one packed
     """
     trainer, student = config.trainer, sizes.student
-    width, ranks = _BYTES[trainer.dtype], trainer.num_ranks
-    trained = sizes.adapter or student.num_parameters
+    width, ranks = NUMBER_BYTES[trainer.dtype], trainer.num_ranks
+    trained = trained_parameters(sizes)
     sharded = {stage: ranks if trainer.zero_stage >= stage else 1 for stage in (1, 2, 3)}
     positions, responses = _micro_batch(config, sizes)
     per_layer = _activations(student, positions, width)
@@ -217,7 +223,7 @@ def _engine(
     - key-value cache: on a CPU host as configured. On a GPU, where the engine takes `gpu_memory_utilization` in any
       case, what its share of the prompts in flight needs at full length
     """
-    width, gpus = _BYTES[dtype], own.tensor_parallel_size
+    width, gpus = NUMBER_BYTES[dtype], own.tensor_parallel_size
     weights = model.num_parameters * width // gpus
     if not on_gpu:
         return {"weights": weights, "key-value cache": int(own.kv_cache_gib * GIB)}
@@ -245,7 +251,7 @@ def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Size
     - activations: `_activations` of one layer, since nothing is kept for a backward pass
     - signals: of T tokens, twice: as computed and as sent
     """
-    width, gpus = _BYTES[teacher.dtype], teacher.tensor_parallel_size if teacher.on_vllm else 1
+    width, gpus = NUMBER_BYTES[teacher.dtype], teacher.tensor_parallel_size if teacher.on_vllm else 1
     positions, responses = _scoring_batch(config, teacher, sizes)
     parts = {"weights": scorer[0].num_parameters * width // gpus}
     if teacher.on_vllm:
@@ -278,8 +284,8 @@ def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, in
     - offloaded: what the trainer's ranks keep in host memory
     """
     parts: dict[str, int] = {}
-    trainer, width = config.trainer, _BYTES[config.trainer.dtype]
-    trained = sizes.adapter or sizes.student.num_parameters
+    trainer, width = config.trainer, NUMBER_BYTES[config.trainer.dtype]
+    trained = trained_parameters(sizes)
     through_the_host = not on_gpu or sizes.adapter or config.sync.backend == "object_store"
     if config.needs_engine and through_the_host:
         parts["weights on their way"] = trained * width

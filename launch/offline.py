@@ -32,7 +32,7 @@ from launch.preflight import (
     stage_facts,
 )
 from launch.signal_cache import check_caches
-from launch.sizes import sizes_of
+from launch.sizes import Lengths, sizes_of
 from launch.stages import in_each_stage, notes_of_each
 from launch.text_data import block_note
 from rollout.records import Record, read_records
@@ -120,7 +120,7 @@ def _check_the_rest(config: Config, absent: Collection[str]) -> tuple[Sizes | No
         adapter=adapter,
         rows=rows,
         stages=[
-            stage.data if stage else _assumed_lengths(part) for stage, part in zip(stages, config.parts, strict=True)
+            stage.data if stage else assumed_lengths(part) for stage, part in zip(stages, config.parts, strict=True)
         ],
         held_out=held_out,
     )
@@ -153,8 +153,8 @@ class _Assumed:
     longest_completion: int
 
 
-def _assumed_lengths(config: Config) -> _Assumed:
-    """Prompts are taken to be as long as they may be, or else as responses."""
+def assumed_lengths(config: Config) -> Lengths:
+    """Of data that are not here: prompts are taken to be as long as they may be, or else as responses."""
     responses = config.rollout.max_new_tokens
     longest = config.data.max_prompt_tokens or responses
     return _Assumed(longest, longest, max(responses, config.data.text_block_tokens or 0))

@@ -12,7 +12,7 @@ _SHOWN = 0.05 * GIB
 """Smaller parts are summed up."""
 
 
-def plan_table(places: Sequence[Place], needs: Sequence[Need]) -> Table:
+def worker_table(places: Sequence[Place], needs: Sequence[Need]) -> Table:
     """The table.
 
     Args:
