@@ -13,7 +13,7 @@ STEPS = 250
 """Optimizer steps of every method, of 32 samples each."""
 RATES = (6e-4, 1.25e-3, 2.5e-3, 5e-3, 1e-2, 2e-2)
 """Learning rates that may be tried: from the middle on, until the best one has worse neighbours."""
-_FIRST_RATES = RATES[3:5]
+_FIRST_RATES = RATES[2:4]
 SEEDS = tuple(range(8))
 FEW_SEEDS = SEEDS[:3]
 TUNING_SEEDS = (100, 101)

@@ -25,9 +25,9 @@ from launch.train import run_training
 FOLDER = Path("outputs/quality")
 BATCH = 32
 TEACHER_STEPS, TEACHER_BATCH = 1050, 48
-_WARM_UP = 50
-"""Steps until the learning rate is at its peak. With 10 some runs broke for good at a rate that was best for others,
-before step 12: Adam's moments start from nothing, on weights that are trained already.
+_WARM_RATE = 2.5e-3
+"""Learning rate of warm starts, constant: methods go on from weights that bear such steps. From a warm start that was
+annealed to 0 the first steps at a rate that is worth having undo what was learnt, and some runs never recover.
 """
 _CHECKPOINT_EVERY = 50
 """Steps, in the runs that are measured along the way."""
@@ -71,7 +71,7 @@ def trained_teacher(task: Task, seed: int, console: Console) -> Path:
             "student": {"model": str(FOLDER / "models" / "teacher"), "init": "random"},
             "data": {"train": {"path": str(task_folder(FOLDER, task) / "teacher.jsonl")}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=_WARM_UP),
+            "trainer": _trainer(TEACHER_STEPS, 2.5e-3, batch_size=TEACHER_BATCH, warmup_steps=50),
         },
     )
 
@@ -86,7 +86,8 @@ def _warm_start(cell: Cell, console: Console) -> Path:
             "student": {"model": str(FOLDER / "models" / setting.student), "init": "random"},
             "data": {"train": {"path": str(labels(FOLDER, cell.setting, cell.seed))}},
             "objective": {"type": "sft"},
-            "trainer": _trainer(setting.warm_steps, 5e-3, batch_size=BATCH, warmup_steps=_WARM_UP),
+            "trainer": _trainer(setting.warm_steps, _WARM_RATE, batch_size=BATCH, warmup_steps=50)
+            | {"lr_schedule": "constant"},
         },
     )
 
@@ -101,7 +102,7 @@ def _method_config(cell: Cell, warm: Path, teacher: Path) -> dict[str, Any]:
         "data": {"train": {"path": str(examples)}} | method.get("data", {"on_policy_fraction": 0.0}),
         "rollout": {"temperature": 1.0, "max_new_tokens": new_tokens, "kv_cache_gib": 0.25, "record_logprobs": True},
         "objective": method["objective"],
-        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=_WARM_UP)
+        "trainer": _trainer(cell.steps, cell.learning_rate, batch_size=BATCH, warmup_steps=10)
         | ({"checkpoint_every": _CHECKPOINT_EVERY, "keep_last": 100} if _followed(cell) else {}),
     } | ({"reward": method["reward"]} if "reward" in method else {})
 
