@@ -10,6 +10,7 @@ from tiny import config_tree, save_model, write_records
 from gkd.config import parse_config
 from gkd.errors import UserError
 from gkd.signals import SignalKind
+from gkd.trace import Lane
 from gkd.types import Completion
 from launch.build import _mixers, _sync, _writers
 from launch.preflight import check
@@ -81,7 +82,7 @@ def test_no_step_waits_in_vain_and_no_sample_is_older_than_the_bound(stages, max
             if writes[dispatched - 1]:
                 assert dispatched - 1 - engines.version <= max_staleness
 
-    sync = _sync(config, LEARNER, engines, print)
+    sync = _sync(config, LEARNER, engines, Lane(), print)
     for version in range(len(writes)):
         sent = sync.push(version, release).num_bytes
         assert dispatched > version  # else `take` would wait for ever
