@@ -29,7 +29,7 @@ _WARM_RATE = 2.5e-3
 """Learning rate of warm starts, constant: methods go on from weights that bear such steps. From a warm start that was
 annealed to 0 the first steps at a rate that is worth having undo what was learnt, and some runs never recover.
 """
-_CHECKPOINT_EVERY = 50
+_CHECKPOINT_EVERY = 20
 """Steps, in the runs that are measured along the way."""
 
 
