@@ -19,12 +19,11 @@ import torch
 import typer
 from rich.console import Console
 
-from benchmarks.speed.cases import CASES, FOLDER, Case, write_inputs
+from benchmarks.speed.cases import CASES, FOLDER, READY, Case, write_inputs
 from benchmarks.speed.memory import MemoryWatch
 from benchmarks.speed.report import print_tables, ratios
 
 RECORD = Path("benchmarks/results/speed.json")
-READY = "ready"
 
 
 def run_system(case: Case, system: str, *arguments: str) -> dict[str, Any]:

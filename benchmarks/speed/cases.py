@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 FOLDER = Path("outputs/bench")
+READY = "ready"
+"""What each system prints once everything is loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

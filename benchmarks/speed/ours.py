@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 from rich.console import Console
 
-from benchmarks.speed.cases import CASES, Case, lengths_by_prompt
+from benchmarks.speed.cases import CASES, READY, Case, lengths_by_prompt
 from gkd.trace import Lane, TracedWorker
 from gkd.types import Prompt
 from launch.placement import Place
@@ -25,8 +25,6 @@ from launch.ray_session import Workers, ray_session
 from rollout.rollout_actor import RolloutActor
 from rollout.vllm_generator import GeneratorSettings, VllmGenerator
 
-READY = "ready"
-"""Printed once everything is loaded."""
 _TIMES = ("step", "rollout", "teacher", "train", "train_wait", "rollout_wait", "teacher_wait")
 
 

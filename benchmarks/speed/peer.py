@@ -14,8 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from benchmarks.speed.cases import CASES, Case, lengths_by_prompt, read_prompts
-from benchmarks.speed.ours import READY
+from benchmarks.speed.cases import CASES, READY, Case, lengths_by_prompt, read_prompts
 
 _PAD, _STOP = 0, 1
 
