@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from gkd.head import HeadWeights
 from gkd.signals import TeacherSignal
@@ -17,9 +17,25 @@ class Teacher(Protocol):
         """Signals of one group: one for each rollout's response, in order."""
         ...
 
+
+@runtime_checkable
+class HiddenStatesTeacher(Teacher, Protocol):
+    """A teacher whose signals may be hidden states, of which others make the logits."""
+
     def head(self) -> HeadWeights:
         """What turns its hidden states into logits."""
         ...
+
+
+def head_of(teacher: Teacher) -> HeadWeights:
+    """What turns a teacher's hidden states into logits.
+
+    Raises:
+        TypeError: if it is one that sends no hidden states.
+    """
+    if not isinstance(teacher, HiddenStatesTeacher):
+        raise TypeError(f"{type(teacher).__name__} sends no hidden states: it has no head to give")
+    return teacher.head()
 
 
 class CachedTeacher:
@@ -47,13 +63,13 @@ class CachedTeacher:
     def _teacher(self) -> Teacher:
         teacher = self._start()
         if self._store.wants_head:  # who reads its hidden states later may not have the teacher at hand
-            self._store.put_head(teacher.head())
+            self._store.put_head(head_of(teacher))
         return teacher
 
     def head(self) -> HeadWeights:
         """What turns its hidden states into logits: the stored one, else the teacher's."""
         stored = self._store.head()
-        return self._teacher.head() if stored is None else stored
+        return head_of(self._teacher) if stored is None else stored
 
     def score(self, rollouts: Sequence[Rollout]) -> list[TeacherSignal]:
         """Signals of one group: one for each rollout's response, in order."""

@@ -14,7 +14,7 @@ from gkd.interfaces import GroupKey, Post, ScoredGroup, SignalRef
 from gkd.signals import TeacherSignal
 from gkd.trace import Lane, TracedWorker
 from gkd.types import Rollout
-from rollout.cached_teacher import CachedTeacher, Teacher
+from rollout.cached_teacher import CachedTeacher, Teacher, head_of
 from rollout.hf_teacher import HfTeacher, TeacherSettings
 from rollout.idle import IdleClock
 from rollout.signal_store import CacheSettings
@@ -54,7 +54,7 @@ class TeacherActor(TracedWorker):
 
     def head(self) -> HeadWeights:
         """What turns its hidden states into logits, where it sends such."""
-        return self._teacher.head()
+        return head_of(self._teacher)
 
     @ray.method(num_returns=2)
     def score(self, rollouts: Sequence[Rollout]) -> tuple[Account, list[TeacherSignal]]:

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from gkd.arrays import to_array
-from gkd.head import HeadWeights
 from gkd.logits import Logits, WholeLogits, chunk_tokens
 from gkd.signals import FullLogits, SignalKind, TeacherSignal
 from gkd.sparse import sampled_signal, top_k_signal
@@ -127,14 +126,6 @@ class VllmTeacher:
             top_k=teacher.top_k,
             extra_ids=[r.top_ids for r in rollouts],
         )
-
-    def head(self) -> HeadWeights:
-        """Nobody asks for it: the engine's workers share it, and hidden states are not sent.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError("a teacher on vLLM sends no hidden states, so nobody needs its head")
 
     def score_tokens(
         self,

@@ -92,3 +92,13 @@ def test_the_same_text_twice_in_a_group(teacher):
     np.testing.assert_allclose(once.logprobs_T, twice.logprobs_T, rtol=1e-5)
     cached.score([TEXTS[0]])
     assert given == ["started", 2]
+
+
+def test_a_teacher_that_sends_no_hidden_states_is_named_when_its_head_is_asked_for(tmp_path):
+    class ScoresAlone:
+        def score(self, rollouts):
+            raise AssertionError("nothing is scored here")
+
+    teacher = CachedTeacher(ScoresAlone, cache(tmp_path / "c", SignalKind.TOP_K, rows=VOCABULARY))
+    with pytest.raises(TypeError, match="ScoresAlone sends no hidden states"):
+        teacher.head()
