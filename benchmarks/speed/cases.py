@@ -101,31 +101,9 @@ CASES = {
 
 def write_inputs(case: Case) -> None:
     """Models, tokenizer and prompts. Token 0 pads and token 1 stops; prompts have neither."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
-
     pair = case.pair
-    vocabulary = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, pair.vocabulary)}
-    words = Tokenizer(models.WordLevel(vocab=vocabulary, unk_token="<pad>"))
-    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<eos>")
-    for name, shape in (("student", pair.student), ("teacher", pair.teacher)):
-        torch.manual_seed(len(name))
-        config = LlamaConfig(
-            vocab_size=pair.vocabulary,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            num_key_value_heads=shape.key_value_heads,
-            intermediate_size=3 * shape.width,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            bos_token_id=None,
-            eos_token_id=1,
-            pad_token_id=0,
-        )
-        AutoModelForCausalLM.from_config(config).save_pretrained(case.folder / name)
-        tokenizer.save_pretrained(case.folder / name)
+    write_model(case.folder / "student", pair.student, pair.vocabulary)
+    write_model(case.folder / "teacher", pair.teacher, pair.vocabulary)
     random = np.random.default_rng(0)
     with (case.folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
         for _ in range(case.batch * (case.warm_up + case.steps)):
@@ -133,6 +111,32 @@ def write_inputs(case: Case) -> None:
             length = int(random.integers(case.new_tokens[0], case.new_tokens[1] + 1))
             record = {"prompt": " ".join(f"w{i}" for i in ids), "new_tokens": length}
             file.write(json.dumps(record) + "\n")
+
+
+def write_model(folder: Path, shape: Shape, vocabulary: int) -> None:
+    """A model with random weights and its tokenizer, whose tokens are words of their own."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
+    tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<pad>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        intermediate_size=3 * shape.width,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(shape.layers)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def read_prompts(case: Case) -> list[tuple[tuple[int, ...], int]]:

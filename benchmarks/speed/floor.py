@@ -94,27 +94,11 @@ def _forward(
 
 def _generate(case: Case) -> tuple[list[list[Rollout]], float]:
     """The batches' rollouts, and seconds for one."""
-    longest = case.prompt_tokens[1] + case.new_tokens[1]
-    settings = GeneratorSettings(
-        model=str(case.folder / "student"),
-        load_weights=True,
-        seed=0,
-        temperature=1.0,
-        top_p=1.0,
-        max_new_tokens=case.new_tokens[1],
-        max_model_len=longest,
-        max_concurrent=256,
-        dtype="float32",
-        tensor_parallel_size=1,
-        adapter=None,
+    settings = engine_settings(
+        case.folder / "student",
         vocabulary=case.pair.vocabulary,
-        stop_ids=(),
-        logprobs=False,
-        probe_prompts=((2,),),
-        on_gpu=False,
-        kv_cache_gib=1.0,
-        gpu_memory_utilization=0.9,
-        weight_backend="object_store",
+        prompt_tokens=case.prompt_tokens[1],
+        new_tokens=case.new_tokens[1],
     )
     prompts = [
         [Prompt(id=SampleId(step, i, 0), token_ids=ids) for i, (ids, _) in enumerate(batch)]
@@ -129,6 +113,31 @@ def _generate(case: Case) -> tuple[list[list[Rollout]], float]:
         )
     assert not ray.is_initialized()
     return made, seconds
+
+
+def engine_settings(model: Path, *, vocabulary: int, prompt_tokens: int, new_tokens: int) -> GeneratorSettings:
+    """Of an engine on CPUs that generates exactly so many tokens, none of which stops it."""
+    return GeneratorSettings(
+        model=str(model),
+        load_weights=True,
+        seed=0,
+        temperature=1.0,
+        top_p=1.0,
+        max_new_tokens=new_tokens,
+        max_model_len=prompt_tokens + new_tokens,
+        max_concurrent=256,
+        dtype="float32",
+        tensor_parallel_size=1,
+        adapter=None,
+        vocabulary=vocabulary,
+        stop_ids=(),
+        logprobs=False,
+        probe_prompts=((2,),),
+        on_gpu=False,
+        kv_cache_gib=1.0,
+        gpu_memory_utilization=0.9,
+        weight_backend="object_store",
+    )
 
 
 def _median(case: Case, work: Callable[[Any], None], batches: Sequence[Any]) -> float:

@@ -1,0 +1,186 @@
+"""Weights to a rollout engine: seconds against bytes, and where they go: `python -m benchmarks.sync`.
+
+A worker that holds a student's weights, and nothing that trains them, sends them to an engine over the `object_store`
+wire, as a run does. Timed apart, each the median of several: packing (the buckets made and dropped), packing and
+transport (the buckets put into the object store), applying (they are there; vLLM loads them and prepacks its layers),
+and the whole, in which these overlap. `copy` is what one copy of the bytes in memory takes.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import ray
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.speed.cases import FOLDER, LARGE, Shape, write_model
+from benchmarks.speed.floor import engine_settings
+from gkd.config.trainer import SyncConfig
+from gkd.model_loading import load_causal_lm
+from gkd.stages import ByStep
+from launch.placement import Place
+from launch.ray_session import Workers, ray_session
+from rollout.rollout_actor import RolloutActor, RolloutPool
+from rollout.weights.object_store import ObjectStoreSender
+from trainer.trainer_actor import BatchRules, Learner
+from trainer.weights import checkpoint_weights, tied_names
+
+VOCABULARY = LARGE.vocabulary
+SHAPES = {
+    "11M": LARGE.student,
+    "54M": LARGE.teacher,
+    "178M": Shape(width=1024, layers=12, heads=16, key_value_heads=8),
+    "502M": Shape(width=1536, layers=16, heads=24, key_value_heads=12),
+}
+"""Students by their parameters, with V = 32,000 and tied heads."""
+_TIMEOUT_S = 600.0
+_NO_BATCHES = ByStep([(1, BatchRules("token_mean", None))])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Settings:
+    """Of a source."""
+
+    model: Path
+    bucket_bytes: int
+
+
+@ray.remote
+class _Source:
+    """Sends as a trainer's first rank does; it has no optimizer, so that memory allows large students."""
+
+    def __init__(self, settings: _Settings) -> None:
+        self._model = load_causal_lm(str(settings.model), dtype="float32", init="pretrained")
+        self._sender = ObjectStoreSender(bucket_bytes=settings.bucket_bytes)
+
+    def ready(self) -> bool:
+        """Returns once the model is loaded."""
+        return True
+
+    def send_weights(self) -> Any:
+        """One message a bucket."""
+        yield from self._sender.send(checkpoint_weights(self._model), tied_names(self._model))
+
+    def pack_s(self) -> float:
+        """Seconds that all buckets take to be made, each dropped before the next."""
+        return _seconds(lambda: sum(1 for _ in self.send_weights()))
+
+    def copy_s(self) -> float:
+        """Seconds that one copy of the weights into memory that was used before takes."""
+        weights = [tensor for _, tensor in checkpoint_weights(self._model)]
+        targets = [torch.zeros_like(tensor) for tensor in weights]
+        return _seconds(lambda: [target.copy_(tensor) for target, tensor in zip(targets, weights, strict=True)])
+
+    def num_bytes(self) -> int:
+        """Of all weights."""
+        return sum(tensor.nbytes for _, tensor in checkpoint_weights(self._model))
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def measure_size(name: str, *, bucket_mib: float, repeat: int) -> dict[str, Any]:
+    """A student of `SHAPES`: bytes, seconds of each part, and the whole over the applying alone."""
+    folder = FOLDER / "sync" / name
+    if not (folder / "model.safetensors").exists():
+        write_model(folder, SHAPES[name], VOCABULARY)
+    settings = engine_settings(folder, vocabulary=VOCABULARY, prompt_tokens=16, new_tokens=16)
+    with Workers([Place("trainer", 1, 0), Place("rollout", 1, 0)]) as workers:
+        source = workers.start("trainer", _Source, _Settings(model=folder, bucket_bytes=int(bucket_mib * 2**20)))
+        engine = workers.start("rollout", RolloutActor, settings)
+        workers.wait_ready(_TIMEOUT_S)
+        learner = Learner([source], rules=_NO_BATCHES, tokens_per_micro_batch=1, timeout_s=_TIMEOUT_S)
+        pool = RolloutPool([engine], max_concurrent=1, timeout_s=_TIMEOUT_S)
+        ways: dict[str, Callable[[], float]] = {
+            "copy_s": lambda: ray.get(source.copy_s.remote()),
+            "pack_s": lambda: ray.get(source.pack_s.remote()),
+            "put_s": lambda: _seconds(lambda: list(learner.publish())),
+            "apply_s": lambda: _apply_s(pool, list(learner.publish())),
+            "whole_s": lambda: _seconds(lambda: pool.update_weights(1, learner.publish())),
+        }
+        rounds = [{way: timed() for way, timed in ways.items()} for _ in range(1 + repeat)]
+        found = {way: statistics.median(each[way] for each in rounds[1:]) for way in ways}  # the first one allocates
+        num_bytes = ray.get(source.num_bytes.remote())
+    return {
+        "student": name,
+        "bytes": num_bytes,
+        "bucket_mib": bucket_mib,
+        **found,
+        "sync_over_apply": found["whole_s"] / found["apply_s"],
+    }
+
+
+def _apply_s(pool: RolloutPool, messages: Sequence[Any]) -> float:
+    """Seconds of an update whose buckets all lie in the object store already."""
+    return _seconds(lambda: pool.update_weights(1, iter(messages)))
+
+
+def table(found: Sequence[dict[str, Any]]) -> list[str]:
+    """A row for each student."""
+    lines = ["| student | MB | one copy | packing | and transport | applying alone | the whole | whole / applying |"]
+    lines += ["|---|---|---|---|---|---|---|---|"]
+    for row in found:
+        seconds = " | ".join(f"{row[way]:.3f}" for way in ("copy_s", "pack_s", "put_s", "apply_s", "whole_s"))
+        lines.append(f"| {row['student']} | {row['bytes'] / 1e6:.0f} | {seconds} | {row['sync_over_apply']:.2f} |")
+    return lines
+
+
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """Seconds over bytes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
+    megabytes = [row["bytes"] / 1e6 for row in found]
+    for way, label in (
+        ("copy_s", "one copy in memory"),
+        ("pack_s", "packing"),
+        ("put_s", "packing and transport"),
+        ("apply_s", "applying alone (vLLM)"),
+        ("whole_s", "the whole sync"),
+    ):
+        panel.plot(megabytes, [row[way] for row in found], "o-", label=label)
+    panel.set(xscale="log", yscale="log", xlabel="weights (MB)", ylabel="seconds")
+    panel.grid(alpha=0.3)
+    panel.legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(
+    student: Annotated[list[str] | None, typer.Option(help="Measure these alone.")] = None,
+    bucket_mib: Annotated[float, typer.Option(help="Size of a bucket.")] = SyncConfig().bucket_mib,
+    repeat: Annotated[int, typer.Option(help="Times that each is measured.")] = 3,
+    output: Annotated[Path, typer.Option(help="File of the numbers; the plot goes beside it.")] = FOLDER / "sync.json",
+) -> None:
+    """Measure the weight sync."""
+    unknown = sorted(set(student or ()) - SHAPES.keys())
+    if unknown:
+        raise typer.BadParameter(f"{unknown[0]} is no student: use some of {', '.join(SHAPES)}")
+    console, found = Console(), []
+    with ray_session():
+        for name in student or SHAPES:
+            with console.status(f"{name}"):
+                found.append(measure_size(name, bucket_mib=bucket_mib, repeat=repeat))
+            console.print(table(found)[-1])
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    plot(found, output.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
