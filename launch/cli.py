@@ -106,7 +106,7 @@ def plan(
     Starts nothing. Times need rates: of a run, given, or by arithmetic. Models may be folders with a config.json alone.
     """
     from gkd.config import load_config
-    from launch.plan_request import PlanRequest
+    from launch.planning.request import PlanRequest
 
     parsed = load_config(config, overrides)
     request = PlanRequest(
@@ -125,7 +125,7 @@ def plan(
         on_cpu=cpu,
     )
     request.check()
-    from launch.plan_view import run_plan
+    from launch.planning.view import run_plan
 
     run_plan(parsed, request, Console(), as_json=as_json)
 

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from gkd.config import load_config
 from launch.cli import app
-from launch.plan import make_plan
-from launch.plan_request import PlanRequest
+from launch.planning.plan import make_plan
+from launch.planning.request import PlanRequest
 
 WORKERS = ("ray::TrainerActor", "ray::RolloutActor", "ray::TeacherActor")
 

@@ -6,10 +6,10 @@ import pytest
 from plans import LINE, SIZES, architecture, plan_config, write_run
 
 from gkd.errors import UserError
-from launch.advice import advise
-from launch.rates import rates_by_arithmetic, rates_of_run, read_run, refuse_other_run
-from launch.step_time import step_seconds
-from launch.workload import split_of, stages_of, workload_of
+from launch.planning.advice import advise
+from launch.planning.rates import rates_by_arithmetic, rates_of_run, read_run, refuse_other_run
+from launch.planning.step_time import step_seconds
+from launch.planning.workload import split_of, stages_of, workload_of
 
 
 def run_of(tmp_path, line=LINE, warm_up=2, **changes):

@@ -5,9 +5,9 @@ from itertools import product
 import pytest
 from plans import plan_config
 
-from launch.split import best_split
-from launch.step_time import step_seconds
-from launch.workload import Rates, Split, split_devices, stages_of, workload_of
+from launch.planning.split import best_split
+from launch.planning.step_time import step_seconds
+from launch.planning.workload import Rates, Split, split_devices, stages_of, workload_of
 
 EVERYTHING_FITS = lambda kind, split: True  # noqa: E731
 

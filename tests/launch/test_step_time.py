@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.step_time import Stages, batches_under_way, bound_by, enough_under_way, step_seconds
+from launch.planning.step_time import Stages, batches_under_way, bound_by, enough_under_way, step_seconds
 
 
 def stages(rollout, teacher, train, sync):

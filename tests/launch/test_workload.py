@@ -8,7 +8,7 @@ from plans import SIZES, plan_config
 
 from gkd.signals import SignalKind
 from launch.placement import needed_places
-from launch.workload import (
+from launch.planning.workload import (
     LOGPROB_BYTES,
     TOKEN_BYTES,
     Rates,

@@ -5,15 +5,15 @@ from dataclasses import dataclass, replace
 
 from gkd.config import Config
 from gkd.errors import UserError
-from launch.advice import advise, under_way_of
 from launch.memory import GIB, Need, Sizes, estimate
 from launch.placement import Place, needed_places
-from launch.plan_request import PlanRequest
-from launch.plan_sizes import plan_sizes
-from launch.rates import MeasuredRun, rates_by_arithmetic, rates_of_run, read_run, refuse_other_run
-from launch.split import Kind, best_split
-from launch.step_time import Bound, Stages, bound_by, enough_under_way, step_seconds
-from launch.workload import (
+from launch.planning.advice import advise, under_way_of
+from launch.planning.rates import MeasuredRun, rates_by_arithmetic, rates_of_run, read_run, refuse_other_run
+from launch.planning.request import PlanRequest
+from launch.planning.sizes import plan_sizes
+from launch.planning.split import Kind, best_split
+from launch.planning.step_time import Bound, Stages, bound_by, enough_under_way, step_seconds
+from launch.planning.workload import (
     Rates,
     Split,
     Workload,

@@ -6,8 +6,8 @@ from itertools import product
 from typing import Literal
 
 from gkd.config import Config
-from launch.step_time import Stages, batches_under_way, step_seconds
-from launch.workload import (
+from launch.planning.step_time import Stages, batches_under_way, step_seconds
+from launch.planning.workload import (
     Rates,
     Split,
     Workload,

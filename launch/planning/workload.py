@@ -12,8 +12,8 @@ from gkd.config import Config
 from launch.memory import NUMBER_BYTES, Sizes, trained_parameters
 from launch.objective_needs import records_logprobs
 from launch.placement import needed_places
+from launch.planning.step_time import Stages
 from launch.signal_choice import signal_bytes
-from launch.step_time import Stages
 
 TOKEN_BYTES = 5
 """Of a token id on its way between processes: pickled, from 65,536 on; smaller ids take fewer."""

@@ -5,15 +5,15 @@ from dataclasses import replace
 
 from gkd.config import Config
 from launch.bottleneck import bottleneck
-from launch.rates import MeasuredRun, rates_of_run
-from launch.step_time import (
+from launch.planning.rates import MeasuredRun, rates_of_run
+from launch.planning.step_time import (
     Bound,
     batches_under_way,
     bound_by,
     enough_under_way,
     step_seconds,
 )
-from launch.workload import Split, split_of, stages_of, workload_of
+from launch.planning.workload import Split, split_of, stages_of, workload_of
 
 _NAMES: dict[str, str] = {"rollout": "rollouts", "teacher": "the teacher", "trainer": "the trainer"}
 

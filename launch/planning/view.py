@@ -9,8 +9,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from gkd.config import Config
-from launch.plan import Plan, Timing, make_plan
-from launch.plan_request import PlanRequest
+from launch.planning.plan import Plan, Timing, make_plan
+from launch.planning.request import PlanRequest
 from launch.worker_table import worker_table
 
 _WITHOUT_RATES = (

@@ -10,8 +10,8 @@ from typing import Any
 from gkd.config import Config, load_config
 from gkd.errors import UserError
 from launch.memory import Sizes
-from launch.step_time import Stages
-from launch.workload import Rates, Workload, engine_devices, split_of, teacher_devices, workload_of
+from launch.planning.step_time import Stages
+from launch.planning.workload import Rates, Workload, engine_devices, split_of, teacher_devices, workload_of
 
 _WARM_UP = 2
 """Steps of a run that are left out where enough others are there: code is compiled and caches fill."""

@@ -1,0 +1,1 @@
+"""`gkd plan`: what a run will need, take and wait for."""
