@@ -25,5 +25,11 @@ class NotBuiltYet(UserError):
         return type(self), (self.field, self.value, self.cure)
 
 
+def unreadable(error: OSError | UnicodeDecodeError) -> str:
+    """What is wrong with a file that cannot be read, for a message that names the file itself."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return f"cannot be read: {reason}."
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has saved a checkpoint."""

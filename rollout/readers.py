@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gkd.config.data import DataSource
-from gkd.errors import UserError
+from gkd.errors import UserError, unreadable
 
 
 def rows(source: DataSource, *, field: str) -> Iterator[tuple[str, Any]]:
@@ -33,7 +33,7 @@ def _read_jsonl(source: DataSource, field: str) -> Iterator[tuple[str, Any]]:
         # Not splitlines(): it also splits at characters that JSON allows inside strings (U+2028).
         lines = Path(source.path).read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(field, source.path, f"cannot be read: {error}.", "Give a UTF-8 JSONL file.") from None
+        raise UserError(field, source.path, unreadable(error), "Give a UTF-8 JSONL file.") from None
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue

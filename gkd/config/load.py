@@ -11,7 +11,7 @@ from pydantic_core import ErrorDetails
 from gkd.config.built import refuse_unbuilt
 from gkd.config.schema import Config
 from gkd.config.stages import StageConfig, StageError, completed, in_stage
-from gkd.errors import UserError
+from gkd.errors import UserError, unreadable
 
 
 def load_config(path: str | Path, overrides: list[str] | None = None) -> Config:
@@ -54,7 +54,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError("CONFIG", str(path), f"cannot be read: {error}.", "Give the path of a YAML file.") from None
+        raise UserError("CONFIG", str(path), unreadable(error), "Give the path of a YAML file.") from None
     try:
         tree = yaml.safe_load(text)
     except yaml.YAMLError as error:

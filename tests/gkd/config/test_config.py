@@ -202,7 +202,7 @@ def test_an_entry_of_a_list_is_named_by_its_number(minimal, key):
 
 
 def test_files_that_are_no_config(tmp_path):
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"cannot be read: No such file or directory\. Give"):
         load_config(tmp_path / "absent.yaml")
     broken = tmp_path / "broken.yaml"
     broken.write_text("run: {name: tiny\nstudent: x")
