@@ -1,1 +1,5 @@
 """How fast a step is and what it holds: beside TRL's `GKDTrainer`, and beside the parts that it is made of."""
+
+from benchmarks.speed.report import table
+
+__all__ = ["table"]

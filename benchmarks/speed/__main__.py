@@ -1,12 +1,10 @@
 """Steps against TRL's and against their floor: `python -m benchmarks.speed [--case NAME]...`, and then the tables.
 
-Each system runs in processes of its own, one after the other, and is looked at from outside. `--record` keeps what came
-out in benchmarks/results/speed.json.
+Each system runs in processes of its own, one after the other, and is looked at from outside.
 """
 
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import asdict
@@ -15,15 +13,12 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 import typer
 from rich.console import Console
 
 from benchmarks.speed.cases import CASES, FOLDER, READY, Case, write_inputs
 from benchmarks.speed.memory import MemoryWatch
-from benchmarks.speed.report import print_tables, ratios
-
-RECORD = Path("benchmarks/results/speed.json")
+from benchmarks.speed.report import ratios, table
 
 
 def run_system(case: Case, system: str, *arguments: str) -> dict[str, Any]:
@@ -66,20 +61,18 @@ def measure(case: Case, console: Console) -> dict[str, Any]:
 
 def main(
     case: Annotated[list[str] | None, typer.Option(help="Measure these cases alone.")] = None,
-    record: Annotated[bool, typer.Option("--record", help=f"Write {RECORD}, too.")] = False,
+    output: Annotated[Path, typer.Option(help="File of the numbers.")] = FOLDER / "speed.json",
 ) -> None:
     """Measure steps beside TRL's `GKDTrainer` and beside the sum of their parts."""
     unknown = sorted(set(case or ()) - CASES.keys())
     if unknown:
         raise typer.BadParameter(f"{unknown[0]} is no case: use some of {', '.join(CASES)}")
-    console = Console()
-    machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
-    found = [measure(CASES[name], console) for name in case or CASES]
-    summary = {"machine": machine, "cases": found}
-    FOLDER.mkdir(parents=True, exist_ok=True)
-    for path in (FOLDER / "speed.json", *([RECORD] if record else [])):
-        path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    print_tables(found, console)
+    console, found = Console(), []
+    for name in case or CASES:
+        found.append(measure(CASES[name], console))
+        console.print(table({"cases": found})[-1], soft_wrap=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(json.dumps({"cases": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,7 @@
 """What the measurements come to."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table
 
 _PARTS = ("rollout_s", "teacher_s", "train_s", "optimizer_s")
 
@@ -22,22 +19,31 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def print_tables(found: Sequence[Mapping[str, Any]], console: Console) -> None:
-    """Seconds, ratios and memory of each case."""
-    table = Table(
-        "case", "TRL s", "gkd s", "streaming s", "parts s", "over TRL", "over parts", "largest GB", "TRL's GB"
+def table(found: Mapping[str, Any]) -> list[str]:
+    """Seconds, ratios and memory: a row for each case."""
+    columns = ("case", "TRL (s)", "gkd (s)", "staleness 1 (s)", "rollout + teacher + train + optimizer alone (s)")
+    columns += (
+        "over TRL's speed",
+        "over the parts",
+        "largest process (GB)",
+        "TRL's (GB)",
+        "all over idle (GB)",
+        "TRL's",
     )
-    for case in found:
-        ours, trl = case["gkd"], case["trl"]
-        table.add_row(
-            case["case"],
-            f"{trl['step_s']:.3f}",
-            f"{ours['step_s']:.3f}",
-            f"{case['gkd_streaming']['step_s']:.3f}",
-            " + ".join(f"{case['floor'][part]:.3f}" for part in _PARTS),
-            f"{case['ratios']['vs_trl']:.2f}",
-            f"{case['ratios']['floor_ratio']:.2f}",
-            f"{ours['memory']['largest'] / 1e9:.2f}",
-            f"{trl['memory']['largest'] / 1e9:.2f}",
-        )
-    console.print(table)
+    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(_row, found["cases"])]
+
+
+def _row(case: Mapping[str, Any]) -> str:
+    ours, trl = case["gkd"], case["trl"]
+    cells = [
+        case["case"],
+        f"{trl['step_s']:.3f}",
+        f"{ours['step_s']:.3f}",
+        f"{case['gkd_streaming']['step_s']:.3f}",
+        " + ".join(f"{case['floor'][part]:.3f}" for part in _PARTS),
+        f"{case['ratios']['vs_trl']:.2f}",
+        f"{case['ratios']['floor_ratio']:.2f}",
+        *(f"{system['memory']['largest'] / 1e9:.2f}" for system in (ours, trl)),
+        *(f"{(system['memory']['peak'] - system['memory']['idle']) / 1e9:.2f}" for system in (ours, trl)),
+    ]
+    return f"| {' | '.join(cells)} |"
