@@ -112,7 +112,7 @@ class VllmGenerator:
             "distributed_executor_backend": "mp" if settings.tensor_parallel_size > 1 else "uni",
             "seed": settings.seed % 2**31,
             # Rows of the head beyond the tokenizer mean nothing, yet vLLM would sample them.
-            "logits_processors": ["rollout.vllm_vocabulary:KnownTokensOnly"],
+            "logits_processors": ["rollout.vllm_sampling:SeededSampling"],
             "additional_config": {"gkd_vocabulary": settings.vocabulary},
             # What is waited for (probes, answers) goes before the prompts that queue for a later step.
             "scheduling_policy": "priority",
@@ -246,14 +246,14 @@ class VllmGenerator:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
+        from rollout.vllm_sampling import sampling
+
         settings = self._settings
         temperature = settings.temperature if temperature is None else temperature
         room = settings.max_new_tokens if max_tokens is None else min(max_tokens, settings.max_new_tokens)
         return SamplingParams(
-            temperature=temperature,
-            top_p=settings.top_p if temperature else 1.0,
+            **sampling(seed=seed, temperature=temperature, top_p=settings.top_p),
             max_tokens=room,
-            seed=seed if temperature else None,
             logprobs=top_ids if top_ids or logprobs else None,
             flat_logprobs=True,
             stop_token_ids=list(settings.stop_ids),
