@@ -30,7 +30,7 @@ TITLES: dict[Way, str] = {"chunked": "chunked", "naive": "naive", "liger": "Lige
 MOST_ELEMENTS = 152_000 * 8_192
 """V x T of the largest points."""
 GRID: dict[Device, dict[int, tuple[int, ...]]] = {
-    "cpu": {2_048: (1_024, 4_096, 16_384), 32_000: (1_024, 4_096), 152_000: (1_024, 8_192), 256_000: (1_024,)},
+    "cpu": {2_048: (1_024, 8_192, 32_768), 32_000: (1_024, 8_192), 152_000: (1_024, 2_048, 8_192), 256_000: (1_024,)},
     "cuda": dict.fromkeys((2_048, 32_000, 152_000, 256_000), (1_024, 4_096, 8_192, 32_768)),
 }
 """Vocabulary -> tokens. On CPUs so few that all of it takes minutes."""
