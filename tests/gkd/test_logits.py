@@ -11,6 +11,12 @@ from gkd.logits import HeadLogits, WholeLogits, map_chunks
 from gkd.objectives import Distill, SupervisedFineTuning
 from gkd.teacher_view import WholeView
 
+
+def own_divergence(student_TV, teacher_TV):
+    """A user's own, in plain torch: it goes through autograd."""
+    return (student_TV.softmax(-1) - teacher_TV.softmax(-1)).square().sum(-1)
+
+
 DIVERGENCES = {
     "forward_kl": divergences.forward_kl,
     "reverse_kl": divergences.reverse_kl,
@@ -19,6 +25,7 @@ DIVERGENCES = {
     "skew_reverse_kl": lambda s, t: divergences.skew_reverse_kl(s, t, alpha=0.2),
     "total_variation": divergences.total_variation,
     "adaptive_kl": lambda s, t: divergences.adaptive_kl(s, t, head_mass=0.5),
+    "own": own_divergence,
     "sft": None,
 }
 
@@ -32,8 +39,10 @@ def problem(*, tokens=50, rows=40, width=8, dtype=torch.float32):
 
 
 def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3):
-    rows = len(weight)
-    student = HeadLogits(hidden, lambda h: h @ weight.T, num_rows=rows)
+    rows, width = weight.shape
+    head = torch.nn.Linear(width, rows, bias=False)
+    head.weight = torch.nn.Parameter(weight)
+    student = HeadLogits(hidden, shared_gradient(head, head.forward), num_rows=rows)
     view = WholeView(HeadLogits(teacher[0], lambda h: h @ teacher[1].T, num_rows=rows))
     divergence = DIVERGENCES[name]
     objective = (
@@ -47,7 +56,7 @@ def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3):
     )
     loss_T = objective(inputs).loss_T
     weights_T = torch.linspace(0.5, 2.0, count)
-    return loss_T.detach(), *torch.autograd.grad((loss_T * weights_T).sum(), (hidden, weight))
+    return loss_T.detach(), *torch.autograd.grad((loss_T * weights_T).sum(), (hidden, head.weight))
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
@@ -62,20 +71,42 @@ def test_chunks_change_nothing(name, chunk, monkeypatch):
         assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
 
 
+ROWS, WIDTH, CHUNK, TOKENS = 8000, 2, 8, 24
+
+
+def peaks_of(name):
+    """Most bytes of tensors alive in the forward and backward pass, for T, 2T and 4T tokens."""
+    peaks = []
+    for tokens in (TOKENS, 2 * TOKENS, 4 * TOKENS):
+        given = problem(tokens=tokens, rows=ROWS, width=WIDTH)
+        with LiveMemory() as memory:
+            loss_and_gradients(name, *given)
+        peaks.append(memory.peak_bytes)
+    return peaks
+
+
+def check_growth(peaks):
+    """What grows with the tokens is the hidden states' gradient and some numbers of each token: from T to 4T together
+    less than the logits of a single token."""
+    assert 3 * TOKENS * (WIDTH + 20) < ROWS
+    grown = peaks[-1] - peaks[0]
+    assert grown < ROWS * 4, f"{grown / (ROWS * 4):.1f} rows of logits more for {3 * TOKENS} tokens more: {peaks}"
+
+
 @pytest.mark.parametrize("name", DIVERGENCES)
 def test_memory_does_not_grow_with_the_tokens(name, monkeypatch):
-    """Bytes at the peak beyond what grows with the model: twice the tokens, and the same tensors [t, V]."""
     monkeypatch.setattr(logits, "_DIRECT", 0)
-    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": 16})
-    rows, width, peaks = 3000, 8, []
-    for tokens in (64, 128, 256):
-        hidden, weight, teacher = problem(tokens=tokens, rows=rows, width=width)
-        with LiveMemory() as memory:
-            loss_and_gradients(name, hidden, weight, teacher)
-        peaks.append(memory.peak_bytes)
-    chunk = 16 * rows * 4
-    assert peaks[2] - peaks[0] < chunk, peaks
-    assert peaks[0] < 14 * chunk
+    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": CHUNK})
+    peaks = peaks_of(name)
+    check_growth(peaks)
+    assert peaks[0] < 14 * CHUNK * ROWS * 4
+
+
+@pytest.mark.parametrize("name", ["jsd", "own"])
+def test_the_check_of_the_growth_fails_for_logits_made_all_at_once(name, monkeypatch):
+    monkeypatch.setattr(logits, "_DIRECT", 4 * TOKENS * ROWS)
+    with pytest.raises(AssertionError, match="rows of logits more"):
+        check_growth(peaks_of(name))
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
