@@ -26,7 +26,7 @@ import torch._dynamo  # torch's checkpointing imports it when it is first used: 
 import typer
 
 from gkd.config.divergence import DivergenceConfig, GeneralizedJsd
-from gkd.head_linear import shared_gradient
+from gkd.head_linear import LinearHead
 from gkd.logits import HeadLogits
 from gkd.objectives import Distill, ObjectiveInputs, build_divergence
 from gkd.teacher_view import WholeView
@@ -143,7 +143,7 @@ def _liger(objective: Distill, student: Model, teacher: Model) -> torch.Tensor:
 
 def _lazy(model: Model) -> HeadLogits:
     hidden_TH, head = model
-    return HeadLogits(hidden_TH, shared_gradient(head, head.forward), num_rows=head.out_features)
+    return HeadLogits(hidden_TH, LinearHead(head, head.forward), num_rows=head.out_features)
 
 
 def _divergence(kind: str) -> Any:

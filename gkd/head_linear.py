@@ -5,37 +5,43 @@ each is as large as the weights, and moving them takes longer than the products.
 one buffer in place; when all have run, it is the weight's gradient. Legend: t tokens of a chunk, V rows, H width.
 """
 
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch.autograd import Function
 from torch.nn.functional import linear
 
-from gkd.head import Head
+from gkd.head import Finish, Head
 
 
 class _Total:
-    """The gradient that is added up."""
+    """The gradients that are added up."""
 
-    gradient_VH: torch.Tensor | None = None
+    weight_VH: torch.Tensor | None = None
+    bias_V: torch.Tensor | None = None
 
 
 class _Gate(Function):
-    """Stands between the weight and its applications: its backward pass runs when all of theirs have."""
+    """Stands between the weights and their applications: its backward pass runs when all of theirs have."""
 
     @staticmethod
-    def forward(ctx: Any, weight_VH: torch.Tensor, total: _Total) -> torch.Tensor:
+    def forward(ctx: Any, weight_VH: torch.Tensor, _bias_V: torch.Tensor | None, total: _Total) -> torch.Tensor:
         ctx.total = total
         return weight_VH.new_zeros(())
 
     @staticmethod
-    def backward(ctx: Any, _gradient: torch.Tensor) -> tuple[torch.Tensor | None, None]:
-        gradient_VH, ctx.total.gradient_VH = ctx.total.gradient_VH, None
-        return gradient_VH, None
+    def backward(ctx: Any, _gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        total: _Total = ctx.total
+        gradients = (total.weight_VH, total.bias_V)
+        total.weight_VH = total.bias_V = None
+        return *gradients, None
 
 
 class _Apply(Function):
-    """hidden @ weight.T. The weight is read when it is needed: ZeRO 3 puts it together anew for the backward pass."""
+    """hidden @ weight.T + bias. The weight is read when it is needed: ZeRO 3 puts it together anew for the backward
+    pass.
+    """
 
     @staticmethod
     def forward(
@@ -43,33 +49,71 @@ class _Apply(Function):
     ) -> torch.Tensor:
         ctx.save_for_backward(hidden_tH)
         ctx.layer, ctx.total = layer, total
-        return linear(hidden_tH, layer.weight)
+        return linear(hidden_tH, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, gradient_tV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (hidden_tH,) = ctx.saved_tensors
         total: _Total = ctx.total
-        if total.gradient_VH is None:
-            total.gradient_VH = gradient_tV.T @ hidden_tH
+        if total.weight_VH is None:
+            total.weight_VH = gradient_tV.T @ hidden_tH
         else:
-            total.gradient_VH.addmm_(gradient_tV.T, hidden_tH)
+            total.weight_VH.addmm_(gradient_tV.T, hidden_tH)
+        if ctx.layer.bias is not None:
+            part_V = gradient_tV.sum(0)
+            total.bias_V = part_V if total.bias_V is None else total.bias_V.add_(part_V)
         return gradient_tV @ ctx.layer.weight, gradient_tV.new_zeros(()), None, None
 
 
-def shared_gradient(layer: torch.nn.Module, forward: Head) -> Head:
-    """The head's linear layer as a function that is applied many times and then differentiated once.
+class Applications:
+    """Some applications of a layer, whose gradient is theirs alone: `head`, to be applied any number of times."""
 
-    Args:
-        layer: the head's.
-        forward: its own forward pass, used where the layer is none of torch's own (an adapter around one) or frozen.
-    """
-    if type(layer) is not torch.nn.Linear or not (layer.weight.requires_grad and torch.is_grad_enabled()):
-        return forward
-    total = _Total()
-    gate = _Gate.apply(layer.weight, total)
+    def __init__(self, layer: torch.nn.Linear, finish: Head) -> None:
+        """`finish` follows the layer."""
+        self._layer = layer
+        self._finish = finish
+        self._total = _Total()
+        self.gate = _Gate.apply(layer.weight, layer.bias, self._total)
+        """A zero that whatever uses the gradient has to depend on."""
 
-    def apply(hidden_tH: torch.Tensor) -> torch.Tensor:
-        raw_tV = _Apply.apply(hidden_tH, gate, layer, total)
-        return raw_tV if layer.bias is None else raw_tV + layer.bias
+    def head(self, hidden_tH: torch.Tensor) -> torch.Tensor:
+        """[t, V] logits."""
+        return self._finish(_Apply.apply(hidden_tH, self.gate, self._layer, self._total))
 
-    return apply
+    def scale(self, factor: float) -> None:
+        """Multiply what was added up so far."""
+        for gradient in (self._total.weight_VH, self._total.bias_V):
+            if gradient is not None and factor != 1.0:
+                gradient.mul_(factor)
+
+    def forget(self) -> None:
+        """Begin adding up anew."""
+        self._total.weight_VH = self._total.bias_V = None
+
+
+class LinearHead:
+    """A head that is applied many times and differentiated once, within one forward pass."""
+
+    def __init__(self, layer: torch.nn.Module, forward: Head, finish: Head = Finish()) -> None:
+        """Take the weights as they are now.
+
+        Args:
+            layer: the head's.
+            forward: its own forward pass, used where the layer is frozen or not torch's own (an adapter around one).
+            finish: what follows the layer.
+        """
+        learns = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
+        is_plain = type(layer) is torch.nn.Linear and layer.weight.requires_grad
+        self._apply = partial(Applications, cast(torch.nn.Linear, layer), finish) if learns and is_plain else None
+        self._common = self._apply() if self._apply else None
+        self._forward, self._finish = forward, finish
+        self.can_stand_apart = not learns or is_plain
+        """Whether all gradients of it are known to `apart`."""
+
+    def __call__(self, hidden_tH: torch.Tensor) -> torch.Tensor:
+        """[t, V] logits."""
+        return self._finish(self._forward(hidden_tH)) if self._common is None else self._common.head(hidden_tH)
+
+    def apart(self) -> Applications | None:
+        """Applications with a gradient of their own; None where the head learns nothing."""
+        return self._apply() if self._apply else None

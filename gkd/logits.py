@@ -71,11 +71,11 @@ class HeadLogits:
         self.num_tokens = len(hidden_TH)
         self.device = hidden_TH.device
         self.num_rows = num_rows
-        self._head = head
+        self.head = head
 
     def rows(self, span: slice) -> torch.Tensor:
         """[t, V] logits of some tokens."""
-        return self._head(self.hidden_TH[span])[:, : self.num_rows]
+        return self.head(self.hidden_TH[span])[:, : self.num_rows]
 
 
 class MixtureLogits:
@@ -148,6 +148,11 @@ def raised(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
+def tempered(logits_tV: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Divided by a loss temperature; at 1 no second tensor is made."""
+    return logits_tV if temperature == 1.0 else logits_tV / temperature
+
+
 def hidden_of(logits: Logits, span: slice) -> torch.Tensor | None:
     """[t, H] last hidden states that some tokens' logits are made of; None where logits came whole."""
     match logits:
@@ -169,6 +174,12 @@ def tokens_at_once(num_tokens: int, num_rows: int, device_type: str) -> int:
     return num_tokens if num_tokens * num_rows <= _DIRECT else min(num_tokens, chunk_tokens(num_rows, device_type))
 
 
+def chunk_spans(num_tokens: int, num_rows: int, device_type: str) -> list[slice]:
+    """The chunks of T tokens, at least one."""
+    size = max(1, tokens_at_once(num_tokens, num_rows, device_type))
+    return [slice(first, min(first + size, num_tokens)) for first in range(0, max(1, num_tokens), size)]
+
+
 def map_chunks(
     function: Callable[[slice], tuple[torch.Tensor, ...]], *, num_tokens: int, num_rows: int, device: torch.device
 ) -> tuple[torch.Tensor, ...]:
@@ -186,9 +197,8 @@ def map_chunks(
     Returns:
         For each tensor of the function, [T, ...].
     """
-    size = tokens_at_once(num_tokens, num_rows, device.type)
-    if size == num_tokens:
-        return function(slice(0, num_tokens))
-    spans = [slice(first, min(first + size, num_tokens)) for first in range(0, num_tokens, size)]
+    spans = chunk_spans(num_tokens, num_rows, device.type)
+    if len(spans) == 1:
+        return function(spans[0])
     parts = [checkpoint(function, span, use_reentrant=False, preserve_rng_state=False) for span in spans]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

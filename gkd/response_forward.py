@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from gkd.head import Head, read_finish
-from gkd.head_linear import shared_gradient
+from gkd.head_linear import LinearHead
 from gkd.logits import HeadLogits, Logits, WholeLogits
 from gkd.packing import PackedRows, pack
 
@@ -111,8 +111,8 @@ class ResponseForward:
         """In the place of the head's own forward pass."""
         if self._use is None:
             return self._linear_forward(hidden)
-        raw = shared_gradient(self._linear, self._linear_forward)
-        return self._use(HeadLogits(hidden[0], lambda some_tH: self._finish(raw(some_tH)), num_rows=self._use_rows))
+        head = LinearHead(self._linear, self._linear_forward, self._finish)
+        return self._use(HeadLogits(hidden[0], head, num_rows=self._use_rows))
 
     def _select(self, _module: Any, _args: Any, output: Any) -> Any:
         if self._selected_T is None:

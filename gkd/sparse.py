@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from gkd.logits import Logits, chunk_tokens, raised
+from gkd.logits import Logits, chunk_tokens, raised, tempered
 from gkd.signals import SampledLogprobs, TopK
 
 
@@ -59,7 +59,7 @@ def _chunks(
     size = chunk_tokens(logits.num_rows, logits.device.type)
     for first in range(0, max(logits.num_tokens, 1), size):
         span = slice(first, min(first + size, logits.num_tokens))
-        log_p_tV = (raised(logits.rows(span)) / temperature).log_softmax(-1)
+        log_p_tV = tempered(raised(logits.rows(span)), temperature).log_softmax(-1)
         yield log_p_tV, response_ids_T[span], None if student_ids_TM is None else student_ids_TM[span]
 
 

@@ -13,7 +13,7 @@ import torch
 
 from gkd.arrays import to_tensor
 from gkd.head import Head
-from gkd.logits import HeadLogits, JoinedLogits, Logits, MixtureLogits, WholeLogits, hidden_of, raised
+from gkd.logits import HeadLogits, JoinedLogits, Logits, MixtureLogits, WholeLogits, hidden_of, raised, tempered
 from gkd.signals import FullLogits, HiddenStates, Mixture, SampledLogprobs, TeacherSignal, TopK
 
 
@@ -58,7 +58,7 @@ class WholeView:
 
     def pair(self, student_tV: torch.Tensor, span: slice, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """Both over the V rows."""
-        return student_tV / temperature, self._at(span, temperature)
+        return tempered(student_tV, temperature), self._at(span, temperature)
 
     def sampled_logprobs(self, ids_t: torch.Tensor, span: slice, *, temperature: float) -> torch.Tensor:
         """Out of the whole distribution."""
@@ -71,7 +71,7 @@ class WholeView:
 
     def _at(self, span: slice, temperature: float) -> torch.Tensor:
         # Upcast before dividing: bfloat16 logits would lose bits to the division.
-        return raised(self.logits.rows(span)) / temperature
+        return tempered(raised(self.logits.rows(span)), temperature)
 
 
 class TopKView:
@@ -96,7 +96,7 @@ class TopKView:
         none_tK = ids_tK < 0
         # Where there is no further token one that is there stands in (the sampled one is always), and is masked below.
         rows_tK = torch.where(none_tK, ids_tK.max(-1, keepdim=True).values, ids_tK)
-        student_tV = (student_tV / temperature).log_softmax(-1)
+        student_tV = tempered(student_tV, temperature).log_softmax(-1)
         chosen_tK = student_tV.gather(-1, rows_tK).masked_fill(none_tK, -torch.inf)
         tail_t1 = _logsumexp(student_tV.scatter(-1, rows_tK, -torch.inf))
         student_tW = torch.cat([chosen_tK, tail_t1], dim=-1)

@@ -65,6 +65,7 @@ class MicroBatches:
                 teacher=teacher,
                 response_ids_T=packed.response_ids_T.to(device),
                 mask_T=mask_T.to(device),
+                loss_weights_T=torch.where(mask_T.to(device), weights_T, 0),
                 lengths=packed.response_lengths,
                 on_policy_N=torch.tensor([s.rollout.source == "student" for s in members]).to(device),
                 student_hidden_TH=logits.hidden_TH if isinstance(logits, HeadLogits) else None,

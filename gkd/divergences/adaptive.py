@@ -55,11 +55,13 @@ class AdaptiveKl:
         head_t, tail_t = self._weights(student, teacher)
         return head_t * ForwardKl().value(student, teacher) + tail_t * ReverseKl().value(student, teacher)
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V]."""
-        head_t, tail_t = (weight_t.unsqueeze(-1) for weight_t in self._weights(student, teacher))
-        forward_tV = ForwardKl().gradient(student, teacher).mul_(head_t)
-        return forward_tV.add_(ReverseKl().gradient(student, teacher).mul_(tail_t))
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] and [t, V]."""
+        head_t, tail_t = self._weights(student, teacher)
+        forward_t, forward_tV = ForwardKl().value_and_gradient(student, teacher)
+        reverse_t, reverse_tV = ReverseKl().value_and_gradient(student, teacher)
+        gradient_tV = forward_tV.mul_(head_t.unsqueeze(-1)).add_(reverse_tV.mul_(tail_t.unsqueeze(-1)))
+        return head_t * forward_t + tail_t * reverse_t, gradient_tV
 
     def _weights(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """Of the forward and the reverse KL, [t] each."""

@@ -7,7 +7,7 @@ of a block, V vocabulary rows.
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -24,22 +24,24 @@ def block_tokens(num_rows: int, device_type: str) -> int:
     return max(1, BLOCK_ELEMENTS[device_type] // max(1, num_rows))
 
 
-@dataclass(frozen=True, slots=True)
 class Rows:
-    """The distributions of a block's tokens."""
+    """The distributions of a block's tokens; what is not asked for is not made."""
 
-    log_p_tV: torch.Tensor
-    """[t, V] log-probabilities in nats, float32 (float64 where the student's logits are)."""
-    p_tV: torch.Tensor
-    """[t, V] probabilities."""
-
-    @classmethod
-    def of(cls, logits_tV: torch.Tensor, dtype: torch.dtype) -> "Rows":
-        """Raised to `dtype` *before* the softmax: a float32 student against a bfloat16 teacher otherwise gives negative
-        divergences.
+    def __init__(self, logits_tV: torch.Tensor, dtype: torch.dtype) -> None:
+        """Logits [t, V] are raised to `dtype` *before* the softmax: a float32 student against a bfloat16 teacher
+        otherwise gives negative divergences.
         """
-        log_p_tV = logits_tV.to(dtype).log_softmax(-1)
-        return cls(log_p_tV, log_p_tV.exp())
+        self._logits_tV = logits_tV.to(dtype)
+
+    @cached_property
+    def log_p_tV(self) -> torch.Tensor:
+        """[t, V] log-probabilities in nats, float32 (float64 where the student's logits are)."""
+        return self._logits_tV.log_softmax(-1)
+
+    @cached_property
+    def p_tV(self) -> torch.Tensor:
+        """[t, V] probabilities."""
+        return self._logits_tV.softmax(-1)
 
 
 class ClosedForm(Protocol):
@@ -49,8 +51,8 @@ class ClosedForm(Protocol):
         """[t] nats. What rounding leaves below 0 is raised to 0 elsewhere."""
         ...
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V], with respect to the student's logits."""
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """That, and its gradient [t, V] with respect to the student's logits."""
         ...
 
 
@@ -67,66 +69,45 @@ def apply(form: ClosedForm, student_logits_TV: torch.Tensor, teacher_logits_TV: 
             f"student logits {tuple(student_logits_TV.shape)} and teacher logits {tuple(teacher_logits_TV.shape)} must "
             "have the same shape: cut both to the shared vocabulary rows first"
         )
-    anchor_T = _Gradient.apply(student_logits_TV, teacher_logits_TV, form)
-    return _Value.apply(anchor_T, student_logits_TV.detach(), teacher_logits_TV.detach(), form)
+    if torch.is_grad_enabled() and student_logits_TV.requires_grad:
+        return _Divergence.apply(student_logits_TV, teacher_logits_TV, form)
+    values = [form.value(student, teacher) for _, student, teacher in _blocks(student_logits_TV, teacher_logits_TV)]
+    return _never_negative(torch.cat(values))
 
 
-class _Gradient(Function):
-    """Keeps the logits, and makes the gradient of them. Its result, zeros [T], stands for what the value depends on.
-
-    The value is a step of its own, which keeps nothing, for the sake of `gkd.logits.map_chunks`: what it does again in
-    the backward pass ends as soon as all that is kept is there, and so does not make the value a second time.
-    """
+class _Divergence(Function):
+    """Makes the gradient together with the value, as they have most in common, and keeps it instead of the logits."""
 
     @staticmethod
     def forward(
         ctx: Any, student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor, form: ClosedForm
     ) -> torch.Tensor:
-        ctx.save_for_backward(student_logits_TV, teacher_logits_TV)
-        ctx.form = form
-        return student_logits_TV.new_zeros(len(student_logits_TV), dtype=_wide(student_logits_TV))
+        values, gradient_TV = [], torch.empty_like(student_logits_TV)
+        for span, student, teacher in _blocks(student_logits_TV, teacher_logits_TV):
+            value_t, gradient_TV[span] = form.value_and_gradient(student, teacher)
+            values.append(value_t)
+        ctx.save_for_backward(gradient_TV)
+        return _never_negative(torch.cat(values))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, weight_T: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        student_logits_TV, teacher_logits_TV = ctx.saved_tensors
-        gradient_TV = torch.empty_like(student_logits_TV)
-        for span, student, teacher in _blocks(student_logits_TV, teacher_logits_TV):
-            gradient_tV = ctx.form.gradient(student, teacher)
-            gradient_TV[span] = gradient_tV.mul_(weight_T[span].unsqueeze(-1))
-        return gradient_TV, None, None
+        (gradient_TV,) = ctx.saved_tensors
+        return gradient_TV * weight_T.unsqueeze(-1).to(gradient_TV.dtype), None, None
 
 
-class _Value(Function):
-    """The divergence of logits whose gradient belongs to the anchor."""
-
-    @staticmethod
-    def forward(
-        _ctx: Any,
-        anchor_T: torch.Tensor,
-        student_logits_TV: torch.Tensor,
-        teacher_logits_TV: torch.Tensor,
-        form: ClosedForm,
-    ) -> torch.Tensor:
-        value_T = torch.empty_like(anchor_T)
-        for span, student, teacher in _blocks(student_logits_TV, teacher_logits_TV):
-            value_T[span] = form.value(student, teacher)
-        # Rounding can leave a sum slightly below 0 when S is close to T.
-        return value_T.clamp_(min=0)
-
-    @staticmethod
-    @once_differentiable
-    def backward(_ctx: Any, weight_T: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return weight_T, None, None, None
+def _never_negative(value_T: torch.Tensor) -> torch.Tensor:
+    """Rounding can leave a sum slightly below 0 when S is close to T."""
+    return value_T.clamp_(min=0)
 
 
 def _blocks(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> Iterator[tuple[slice, Rows, Rows]]:
     num_tokens, num_rows = student_logits_TV.shape
     dtype = _wide(student_logits_TV)
     size = block_tokens(num_rows, student_logits_TV.device.type)
-    for first in range(0, num_tokens, size):
+    for first in range(0, max(1, num_tokens), size):
         span = slice(first, first + size)
-        yield span, Rows.of(student_logits_TV[span], dtype), Rows.of(teacher_logits_TV[span], dtype)
+        yield span, Rows(student_logits_TV[span], dtype), Rows(teacher_logits_TV[span], dtype)
 
 
 def _wide(logits_TV: torch.Tensor) -> torch.dtype:
@@ -149,10 +130,11 @@ def expectation(p: Rows, values_tV: torch.Tensor) -> torch.Tensor:
     return (p.p_tV * values_tV).sum(-1)
 
 
-def through_softmax(student: Rows, slopes_tV: torch.Tensor) -> torch.Tensor:
+def through_softmax(student: Rows, slopes_tV: torch.Tensor, mean_t: torch.Tensor | None = None) -> torch.Tensor:
     """From a divergence's slopes with respect to the probabilities S to those of the logits: S (u - sum S u) [t, V].
 
-    A constant added to all slopes of a token changes nothing. The slopes are overwritten.
+    A constant added to all slopes of a token changes nothing. The slopes are overwritten; `mean_t` is sum S u, where it
+    is known.
     """
-    mean_t1 = expectation(student, slopes_tV).unsqueeze(-1)
-    return slopes_tV.sub_(mean_t1).mul_(student.p_tV)
+    mean_t = expectation(student, slopes_tV) if mean_t is None else mean_t
+    return slopes_tV.sub_(mean_t.unsqueeze(-1)).mul_(student.p_tV)

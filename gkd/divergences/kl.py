@@ -49,9 +49,9 @@ class ForwardKl:
         """[t] nats."""
         return expectation(teacher, log_ratio(teacher, student.log_p_tV))
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V]."""
-        return student.p_tV - teacher.p_tV
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] and [t, V]."""
+        return self.value(student, teacher), student.p_tV - teacher.p_tV
 
 
 class ReverseKl:
@@ -61,6 +61,8 @@ class ReverseKl:
         """[t] nats."""
         return expectation(student, log_ratio(student, teacher.log_p_tV))
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V]."""
-        return through_softmax(student, log_ratio(student, teacher.log_p_tV))
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] and [t, V]."""
+        slopes_tV = log_ratio(student, teacher.log_p_tV)
+        value_t = expectation(student, slopes_tV)
+        return value_t, through_softmax(student, slopes_tV, mean_t=value_t)

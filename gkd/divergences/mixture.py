@@ -32,25 +32,33 @@ class ToMixture:
 
     def value(self, student: Rows, teacher: Rows) -> torch.Tensor:
         """[t] nats."""
-        values = []
+        value_t = torch.zeros_like(student.p_tV[:, 0])
         if self.teacher_factor:
-            ratio_tV = _log_ratio_to_mixture(teacher, student, 1 - self.weight)
-            values.append(self.teacher_factor * expectation(teacher, ratio_tV))
+            value_t.add_(self._of_teacher(student, teacher), alpha=self.teacher_factor)
         if self.student_factor:
             ratio_tV = _log_ratio_to_mixture(student, teacher, self.weight)
-            values.append(self.student_factor * expectation(student, ratio_tV))
-        return torch.stack(values).sum(0)
+            value_t.add_(expectation(student, ratio_tV), alpha=self.student_factor)
+        return value_t
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V]."""
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] nats and [t, V]."""
+        value_t, slopes_tV = torch.zeros_like(student.p_tV[:, 0]), torch.zeros_like(student.p_tV)
+        if self.student_factor:
+            slopes_tV = _log_ratio_to_mixture(student, teacher, self.weight).mul_(self.student_factor)
+            value_t = expectation(student, slopes_tV)
+        mean_t = value_t.clone()
+        if self.teacher_factor:
+            value_t.add_(self._of_teacher(student, teacher), alpha=self.teacher_factor)
         rest = self.teacher_factor - self.weight * (self.teacher_factor + self.student_factor)
-        slopes_tV = torch.zeros_like(student.p_tV)
         if rest:
             mixture_tV = _mixture(student, teacher, self.weight)
             slopes_tV.add_((student.p_tV - teacher.p_tV).div_(mixture_tV), alpha=(1 - self.weight) * rest)
-        if self.student_factor:
-            slopes_tV.add_(_log_ratio_to_mixture(student, teacher, self.weight), alpha=self.student_factor)
-        return through_softmax(student, slopes_tV)
+            mean_t = expectation(student, slopes_tV)
+        return value_t, through_softmax(student, slopes_tV, mean_t)
+
+    def _of_teacher(self, student: Rows, teacher: Rows) -> torch.Tensor:
+        """KL(T || M) [t]."""
+        return expectation(teacher, _log_ratio_to_mixture(teacher, student, 1 - self.weight))
 
 
 def _mixture(p: Rows, q: Rows, weight: float) -> torch.Tensor:

@@ -35,6 +35,7 @@ class TotalVariation:
         """[t]."""
         return 0.5 * (student.p_tV - teacher.p_tV).abs_().sum(-1)
 
-    def gradient(self, student: Rows, teacher: Rows) -> torch.Tensor:
-        """[t, V]."""
-        return through_softmax(student, (student.p_tV - teacher.p_tV).sign_().mul_(0.5))
+    def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
+        """[t] and [t, V]."""
+        gap_tV = student.p_tV - teacher.p_tV
+        return 0.5 * gap_tV.abs().sum(-1), through_softmax(student, gap_tV.sign_().mul_(0.5))

@@ -6,11 +6,13 @@ width, W outcomes (V, or K + 1 of a sparse teacher signal).
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeGuard
 
 import torch
 
-from gkd.logits import Logits, map_chunks, raised
+from gkd.head_linear import LinearHead
+from gkd.logits import HeadLogits, Logits, chunk_spans, map_chunks, raised, tempered
+from gkd.one_pass import in_one_pass
 from gkd.signals import SignalKind
 from gkd.teacher_view import TeacherView
 
@@ -40,7 +42,7 @@ class Chunk:
 
     def student_logprobs(self, temperature: float) -> torch.Tensor:
         """[t] log-probabilities of the response's tokens under the student."""
-        log_p_tV = (self.student_tV / temperature).log_softmax(-1)
+        log_p_tV = tempered(self.student_tV, temperature).log_softmax(-1)
         return log_p_tV.gather(-1, self.ids_t.unsqueeze(-1)).squeeze(-1)
 
     def teacher_logprobs(self, temperature: float) -> torch.Tensor:
@@ -76,6 +78,9 @@ class ObjectiveInputs:
     """Response tokens of each of the N sequences; their sum is T."""
     on_policy_N: torch.Tensor
     """[N] bool, which sequences the student wrote itself."""
+    loss_weights_T: torch.Tensor | None = None
+    """[T] float32, what each token's loss is going to be multiplied by, but for a common factor, in the batch's loss; 0
+    where it does not count. Nothing but time hangs on it (`loss_per_token`); None where it is not known."""
     student_hidden_TH: torch.Tensor | None = None
     """[T, H] last hidden states of the student, with a graph; None where its head cannot be applied on its own."""
     sampler_logprobs_T: torch.Tensor | None = None
@@ -115,13 +120,38 @@ class ObjectiveInputs:
         """
 
         def of(span: slice) -> tuple[torch.Tensor, ...]:
-            chunk = Chunk(raised(self.student.rows(span)), self.response_ids_T[span], span, self.teacher)
-            if self.watch is not None:
-                self.watch(chunk)
-            return function(chunk)
+            return function(self._chunk(span, self.student.rows(span)))
 
         tokens = self.student.num_tokens
         return map_chunks(of, num_tokens=tokens, num_rows=self.num_rows, device=self.student.device)
+
+    def loss_per_token(self, function: Callable[[Chunk], tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
+        """`per_token` for a function whose first result is the loss and whose others have no graph.
+
+        Where `loss_weights_T` is known, gradients are made with the loss, and no logits are made a second time
+        (`gkd.one_pass`).
+
+        Args:
+            function: from a chunk to tensors [t, ...]; the first depends on the chunk's logits alone.
+
+        Returns:
+            For each tensor of the function, [T, ...]; the first with a graph.
+        """
+        spans = chunk_spans(self.student.num_tokens, self.num_rows, self.student.device.type)
+        logits, weights_T = self.student, self.loss_weights_T
+        if len(spans) == 1 or weights_T is None or not torch.is_grad_enabled() or not _can_stand_apart(logits):
+            return self.per_token(function)
+        return in_one_pass(logits, weights_T, spans, lambda span, rows_tV: function(self._chunk(span, rows_tV)))
+
+    def _chunk(self, span: slice, student_tV: torch.Tensor) -> Chunk:
+        chunk = Chunk(raised(student_tV), self.response_ids_T[span], span, self.teacher)
+        if self.watch is not None:
+            self.watch(chunk)
+        return chunk
+
+
+def _can_stand_apart(logits: Logits) -> TypeGuard[HeadLogits]:
+    return isinstance(logits, HeadLogits) and isinstance(logits.head, LinearHead) and logits.head.can_stand_apart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -64,8 +64,9 @@ class Sum:
         loss_T = torch.zeros(len(inputs.mask_T), device=inputs.mask_T.device)
         metrics: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for term in self._terms:
-            output = term.objective(inputs)
-            own_T = output.mask_T & inputs.mask_T & _chosen(inputs, term.only)
+            chosen_T = _chosen(inputs, term.only)
+            output = term.objective(_reweighted(inputs, chosen_T * term.weight))
+            own_T = output.mask_T & inputs.mask_T & chosen_T
             # Selected and not multiplied: what a term says of tokens that it does not count may be infinite.
             loss_T = loss_T + term.weight * torch.where(own_T, output.loss_T, torch.zeros_like(output.loss_T))
             measured = {name: (values_T, output.mask_T) for name, values_T in output.metrics_T.items()}
@@ -80,6 +81,13 @@ def term_names(types: Sequence[str]) -> list[str]:
         kind if types.count(kind) == 1 else f"{kind}_{types[: place + 1].count(kind)}"
         for place, kind in enumerate(types)
     ]
+
+
+def _reweighted(inputs: ObjectiveInputs, factors_T: torch.Tensor) -> ObjectiveInputs:
+    """The inputs of a loss that is going to be multiplied by some factors [T]."""
+    if inputs.loss_weights_T is None:
+        return inputs
+    return replace(inputs, loss_weights_T=inputs.loss_weights_T * factors_T)
 
 
 def _chosen(inputs: ObjectiveInputs, only: Literal["student", "dataset"] | None) -> torch.Tensor:
@@ -174,9 +182,9 @@ class WeightedTokens:
         Raises:
             ValueError: as the objective, or if the teacher's signal is not what the weight needs.
         """
-        output = self._objective(inputs)
         with torch.no_grad():
             weight_T = self._weight(inputs).detach()
+        output = self._objective(_reweighted(inputs, weight_T))
         # Selected and not multiplied: what weighs nothing may be infinite.
         loss_T = torch.where(weight_T == 0, torch.zeros_like(output.loss_T), output.loss_T * weight_T)
         return replace(output, loss_T=loss_T, metrics_T=output.metrics_T | {"token_weight": weight_T})

@@ -28,7 +28,7 @@ class Distill:
         Raises:
             ValueError: if there is no teacher signal, or it holds no distribution.
         """
-        (loss_T,) = inputs.per_token(self._divergence)
+        (loss_T,) = inputs.loss_per_token(self._divergence)
         return ObjectiveOutput(loss_T=loss_T, mask_T=inputs.mask_T, metrics_T={"divergence": loss_T.detach()})
 
     def _divergence(self, chunk: Chunk) -> tuple[torch.Tensor]:

@@ -16,5 +16,5 @@ class SupervisedFineTuning:
 
     def __call__(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
         """The negative log-likelihood per token [T] in nats."""
-        (loss_T,) = inputs.per_token(lambda chunk: (-chunk.student_logprobs(self.temperature),))
+        (loss_T,) = inputs.loss_per_token(lambda chunk: (-chunk.student_logprobs(self.temperature),))
         return ObjectiveOutput(loss_T=loss_T, mask_T=inputs.mask_T, metrics_T={"nll": loss_T.detach()})

@@ -6,7 +6,7 @@ from batches import objective_inputs
 from live_memory import LiveMemory
 
 from gkd import divergences, logits
-from gkd.head_linear import shared_gradient
+from gkd.head_linear import LinearHead
 from gkd.logits import HeadLogits, WholeLogits, map_chunks
 from gkd.objectives import Distill, SupervisedFineTuning
 from gkd.teacher_view import WholeView
@@ -38,11 +38,12 @@ def problem(*, tokens=50, rows=40, width=8, dtype=torch.float32):
     return hidden, weight, teacher
 
 
-def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3):
+def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3, known=None):
+    """Of a weighted sum over the tokens; `known` makes of the weights what the objective is told of them."""
     rows, width = weight.shape
     head = torch.nn.Linear(width, rows, bias=False)
     head.weight = torch.nn.Parameter(weight)
-    student = HeadLogits(hidden, shared_gradient(head, head.forward), num_rows=rows)
+    student = HeadLogits(hidden, LinearHead(head, head.forward), num_rows=rows)
     view = WholeView(HeadLogits(teacher[0], lambda h: h @ teacher[1].T, num_rows=rows))
     divergence = DIVERGENCES[name]
     objective = (
@@ -51,22 +52,31 @@ def loss_and_gradients(name, hidden, weight, teacher, *, temperature=1.3):
         else SupervisedFineTuning(temperature=temperature)
     )
     count = len(hidden)
-    inputs = objective_inputs(
-        hidden, ids=[i % rows for i in range(count)], student=student, teacher=view, num_rows=rows
-    )
-    loss_T = objective(inputs).loss_T
     weights_T = torch.linspace(0.5, 2.0, count)
+    given = {"student": student, "teacher": view, "num_rows": rows, "loss_weights_T": known and known(weights_T)}
+    loss_T = objective(objective_inputs(hidden, ids=[i % rows for i in range(count)], **given)).loss_T
     return loss_T.detach(), *torch.autograd.grad((loss_T * weights_T).sum(), (hidden, head.weight))
+
+
+KNOWN = {
+    "unknown": None,
+    "known": lambda weights_T: weights_T,
+    "known but for a factor": lambda weights_T: weights_T * -0.3,
+    "mistaken": lambda weights_T: weights_T.flip(0),
+    "thought to be none": torch.zeros_like,
+}
+"""What an objective may be told of the weights of its loss."""
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
 @pytest.mark.parametrize("chunk", [1, 7, 50, 64])
-def test_chunks_change_nothing(name, chunk, monkeypatch):
+@pytest.mark.parametrize("known", KNOWN)
+def test_chunks_change_nothing(name, chunk, known, monkeypatch):
     given = problem()
     whole = loss_and_gradients(name, *given)
     monkeypatch.setattr(logits, "_DIRECT", 0)
     monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": chunk})
-    chunked = loss_and_gradients(name, *given)
+    chunked = loss_and_gradients(name, *given, known=KNOWN[known])
     for found, expected in zip(chunked, whole, strict=True):
         assert (found - expected).abs().max() <= 1e-6 * max(1.0, expected.abs().max())
 
@@ -74,13 +84,13 @@ def test_chunks_change_nothing(name, chunk, monkeypatch):
 ROWS, WIDTH, CHUNK, TOKENS = 8000, 2, 8, 24
 
 
-def peaks_of(name):
+def peaks_of(name, known=None):
     """Most bytes of tensors alive in the forward and backward pass, for T, 2T and 4T tokens."""
     peaks = []
     for tokens in (TOKENS, 2 * TOKENS, 4 * TOKENS):
         given = problem(tokens=tokens, rows=ROWS, width=WIDTH)
         with LiveMemory() as memory:
-            loss_and_gradients(name, *given)
+            loss_and_gradients(name, *given, known=known)
         peaks.append(memory.peak_bytes)
     return peaks
 
@@ -94,10 +104,11 @@ def check_growth(peaks):
 
 
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_memory_does_not_grow_with_the_tokens(name, monkeypatch):
+@pytest.mark.parametrize("known", ["unknown", "known", "mistaken"])
+def test_memory_does_not_grow_with_the_tokens(name, known, monkeypatch):
     monkeypatch.setattr(logits, "_DIRECT", 0)
     monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": CHUNK})
-    peaks = peaks_of(name)
+    peaks = peaks_of(name, KNOWN[known])
     check_growth(peaks)
     assert peaks[0] < 14 * CHUNK * ROWS * 4
 
@@ -149,17 +160,21 @@ def test_a_layer_applied_many_times_has_the_gradient_of_one_application(bias):
     weights_TV = torch.randn(10, 7)
     parameters = [hidden, *layer.parameters()]
     expected = torch.autograd.grad((layer(hidden).sin() * weights_TV).sum(), parameters)
-    apply = shared_gradient(layer, layer.forward)
+    apply = LinearHead(layer, layer.forward)
+    assert apply.can_stand_apart
     parts = [(apply(hidden[i : i + 3]).sin() * weights_TV[i : i + 3]).sum() for i in range(0, 10, 3)]
     for found, one in zip(torch.autograd.grad(sum(parts), parameters), expected, strict=True):
         torch.testing.assert_close(found, one)
 
 
 def test_what_is_frozen_or_no_plain_layer_is_applied_as_it_is():
-    layer = torch.nn.Linear(8, 7)
+    hidden, _, _ = problem(tokens=10, rows=7)
+    frozen, wrapped = torch.nn.Linear(8, 7).requires_grad_(False), torch.nn.Sequential(torch.nn.Linear(8, 7))
+    for layer, can_stand_apart in ((frozen, True), (wrapped, False)):
+        head = LinearHead(layer, layer.forward)
+        assert head.apart() is None and head.can_stand_apart == can_stand_apart
+        torch.testing.assert_close(head(hidden), layer(hidden))
     with torch.no_grad():
-        assert shared_gradient(layer, layer.forward) == layer.forward
-    layer.weight.requires_grad_(False)
-    assert shared_gradient(layer, layer.forward) == layer.forward
-    wrapped = torch.nn.Sequential(torch.nn.Linear(8, 7))
-    assert shared_gradient(wrapped, wrapped.forward) == wrapped.forward
+        assert LinearHead(wrapped, wrapped.forward).can_stand_apart
+    head(hidden).sum().backward()
+    assert wrapped[0].weight.grad is not None
