@@ -42,7 +42,7 @@ class _Generator(VllmGenerator):
         self._lengths = settings.lengths
 
     def _add_request(self, name: str, prompt: Prompt, params: Any, *, salt: str, priority: int = 0) -> None:
-        if prompt.token_ids in self._lengths:
+        if salt == "rollout":  # probes have prompts of the data, too, and lengths of their own
             params.max_tokens, params.stop_token_ids = self._lengths[prompt.token_ids], []
         super()._add_request(name, prompt, params, salt=salt, priority=priority)
 
