@@ -117,6 +117,7 @@ class VllmGenerator:
             # What is waited for (probes, answers) goes before the prompts that queue for a later step.
             "scheduling_policy": "priority",
             "max_logprobs": max(settings.top_ids, 1),
+            "disable_log_stats": True,  # nobody reads them, and they cost a twentieth of a small model's step
             "generation_config": "vllm",  # sampling is the config's alone, not what a model's folder suggests
         }
         if settings.adapter:
