@@ -6,51 +6,24 @@ out in benchmarks/results/speed.json.
 
 import json
 import os
-import platform
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 import typer
 from rich.console import Console
 
-from benchmarks.speed.cases import CASES, FOLDER, READY, Case, write_inputs
-from benchmarks.speed.memory import MemoryWatch
+from benchmarks.record import machine
+from benchmarks.speed.cases import CASES, FOLDER, Case, write_inputs
 from benchmarks.speed.report import print_tables, ratios
+from benchmarks.speed.systems import run_system
 
 RECORD = Path("benchmarks/results/speed.json")
 
 
-def run_system(case: Case, system: str, *arguments: str) -> dict[str, Any]:
-    """Run `benchmarks.speed.SYSTEM` on a case: what it measured, and what it held.
-
-    Raises:
-        RuntimeError: if it failed, with the end of what it printed.
-    """
-    output, log = case.folder / f"{system}.json", case.folder / f"{system}.log"
-    command = [sys.executable, "-m", f"benchmarks.speed.{system}", case.name, *arguments, str(output)]
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        watch = MemoryWatch(process)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == READY:
-                watch.mark_idle()
-        code = process.wait()
-    memory = watch.close()
-    if code:
-        raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n{log.read_text(encoding='utf-8')[-2000:]}")
-    return json.loads(output.read_text(encoding="utf-8")) | {"memory": asdict(memory)}
-
-
 def measure(case: Case, console: Console) -> dict[str, Any]:
     """All systems on one case."""
-    case.folder.mkdir(parents=True, exist_ok=True)
     write_inputs(case)
     found: dict[str, Any] = {"case": case.name, "batch": case.batch}
     for name, system, arguments in (
@@ -73,9 +46,8 @@ def main(
     if unknown:
         raise typer.BadParameter(f"{unknown[0]} is no case: use some of {', '.join(CASES)}")
     console = Console()
-    machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
     found = [measure(CASES[name], console) for name in case or CASES]
-    summary = {"machine": machine, "cases": found}
+    summary = {"machine": machine(), "cases": found}
     FOLDER.mkdir(parents=True, exist_ok=True)
     for path in (FOLDER / "speed.json", *([RECORD] if record else [])):
         path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
