@@ -36,14 +36,16 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 @contextmanager
-def panels(path: Path, number: int, *, height: float = 4.0) -> Iterator[Sequence[Any]]:
-    """Some panels side by side, to be drawn into; then they are saved."""
+def panels(path: Path, number: int, *, width: float, one_scale: bool = False) -> Iterator[Sequence[Any]]:
+    """Some panels side by side, so many inches wide each, to be drawn into; then they are saved. `one_scale`: with one
+    vertical scale for all."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, number, figsize=(3.6 * number + 1, height), layout="constrained", squeeze=False)
+    size = (width * number, 4.2)
+    figure, axes = pyplot.subplots(1, number, figsize=size, sharey=one_scale, layout="constrained", squeeze=False)
     yield axes[0]
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
