@@ -204,7 +204,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """Bytes, then microseconds of a token in every form; the scale of bytes is logarithmic."""
     pairs = {point["pair"]: f"V = {point['vocabulary']:,}" for point in found["signals"]}
-    with panels(path, 1 + len(pairs)) as axes:
+    with panels(path, 1 + len(pairs), width=4.2) as axes:
         for number, (pair, title) in enumerate(pairs.items()):
             points = [point for point in found["signals"] if point["pair"] == pair]
             places = np.arange(len(points))
