@@ -3,7 +3,8 @@
 Strictly on-policy the stages of a step take turns; in streaming (`sync.max_staleness` 1) they go on side by side. Where
 each has a device of its own, a step could be as short as the longest of its stages. The workers of a CPU host share its
 cores, and each stage alone uses all of them: there nothing can overlap, and a step could be as short as the sum of its
-stages, each measured alone. Both ideals have weights travel in no time.
+stages, each measured alone. Both ideals have weights travel in no time. Idle is who has nothing to do; who waits for a
+core is not.
 """
 
 import json
@@ -108,7 +109,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         "shared_ideal_s": "sum of the stages alone",
         "own_devices_ideal_s": "longest stage alone",
     }
-    with panels(path, 2) as axes:
+    with panels(path, 2, width=7) as axes:
         for number, (key, title) in enumerate(bars.items()):
             places = [place + 0.2 * number - 0.3 for place in range(len(cases))]
             axes[0].bar(places, [case[key] / case["on_policy_s"] for case in cases], 0.2, label=title)
@@ -118,8 +119,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
         axes[0].set_ylabel("step, over the on-policy step")
         axes[1].set_ylabel("idle in streaming, share of the time")
         for panel in axes:
-            panel.set_xticks(range(len(cases)), names, fontsize="x-small")
-            panel.legend(fontsize="small")
+            panel.set_xticks(range(len(cases)), names, fontsize="small")
+            panel.legend(fontsize="small", ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def main(
