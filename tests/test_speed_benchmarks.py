@@ -90,7 +90,7 @@ def test_a_case_of_several_axes_runs_once(monkeypatch, tmp_path):
     assert told[1] == "batch 4: 1250 us a token, 0.500 s a step" and not list(tmp_path.iterdir())
     lines = growth.table(json.loads(json.dumps(found)))
     assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
-    assert lines[3].startswith("| sequences of a step | 4 | 0.1 M, 1.0 M | 0.500 | 1250 | 0.50 | 0.100 |")
+    assert lines[3].startswith("| sequences of a step | 4 | 0.1 M, 1.3 M | 0.500 | 1250 | 0.50 | 0.100 |")
     assert lines[3].endswith("| 2.00 | 0.50 |")
     growth.plot(found, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 0
