@@ -37,7 +37,7 @@ $(VENV)/.installed-bench: $(STAMP)
 	touch $@
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks $(ARGS)
 
 # Hours, in parts: finished runs are kept. ARGS="--minutes 60" bounds a part.
 bench-quality: $(STAMP)

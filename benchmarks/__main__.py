@@ -6,7 +6,6 @@ benchmarks/results/bench.json, the tables of docs/PERFORMANCE.md and the plots i
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import time
@@ -16,14 +15,14 @@ from typing import Annotated, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
 import typer
 from rich.console import Console
 
 from benchmarks.headlines import headlines
+from benchmarks.record import machine
 from benchmarks.speed.cases import FOLDER
 
-PARTS = ("speed", "loss_sweep", "sync", "sync_runs", "transport", "growth")
+PARTS = ("speed", "overlap", "loss_sweep", "sync", "sync_runs", "transport", "growth")
 """Modules of this package: each has `table`, and some have `plot`."""
 SUMMARY, RECORD = FOLDER / "summary.json", Path("benchmarks/results/bench.json")
 PAGE, PLOTS = Path("docs/PERFORMANCE.md"), Path("docs/bench")
@@ -79,9 +78,12 @@ def main(
             continue
         console.rule(name)
         parts[name] = run_part(name)
-    machine = {"cpus": os.cpu_count(), "processor": platform.machine(), "torch": torch.__version__}
     summary = headlines({name: measured["found"] for name, measured in parts.items()})
-    summary |= {"minutes": sum(measured["minutes"] for measured in parts.values()), "machine": machine, "parts": parts}
+    summary |= {
+        "minutes": sum(measured["minutes"] for measured in parts.values()),
+        "machine": machine(),
+        "parts": parts,
+    }
     SUMMARY.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if keep:
         record(summary)

@@ -21,7 +21,7 @@ def headlines(found: Mapping[str, Any]) -> dict[str, float]:
     numbers |= {f"floor_ratio_{name}": case["ratios"]["floor_ratio"] for name, case in cases.items()}
     if _MEMORY_CASE in cases:
         numbers["largest_process_over_trl"] = cases[_MEMORY_CASE]["ratios"]["largest_process_over_trl"]
-    syncs = {row["student"]: row for row in found.get("sync", ())}
+    syncs = {row["student"]: row for row in found.get("sync", {}).get("students", ())}
     if _SYNC_STUDENT in syncs:
         numbers["sync_over_apply"] = syncs[_SYNC_STUDENT]["sync_over_apply"]
     return numbers

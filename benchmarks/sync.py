@@ -6,11 +6,10 @@ transport (the buckets put into the object store), applying (they are there; vLL
 and the whole, in which these overlap. `copy` is what one copy of the bytes in memory takes.
 """
 
-import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,8 +19,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 import torch
 import typer
-from rich.console import Console
 
+from benchmarks.record import machine, markdown, panels, publish
 from benchmarks.speed.cases import FOLDER, LARGE, Shape, write_model
 from benchmarks.speed.floor import engine_settings
 from gkd.config.trainer import SyncConfig
@@ -127,38 +126,46 @@ def _apply_s(pool: RolloutPool, messages: Sequence[Any]) -> float:
     return _seconds(lambda: pool.update_weights(1, iter(messages)))
 
 
-def table(found: Sequence[dict[str, Any]]) -> list[str]:
+def table(found: Mapping[str, Any]) -> list[str]:
     """A row for each student."""
-    lines = ["| student | MB | one copy | packing | and transport | applying alone | the whole | whole / applying |"]
-    lines += ["|---|---|---|---|---|---|---|---|"]
-    for row in found:
-        seconds = " | ".join(f"{row[way]:.3f}" for way in ("copy_s", "pack_s", "put_s", "apply_s", "whole_s"))
-        lines.append(f"| {row['student']} | {row['bytes'] / 1e6:.0f} | {seconds} | {row['sync_over_apply']:.2f} |")
-    return lines
+    head = [
+        "student",
+        "MB",
+        "one copy (s)",
+        "packing",
+        "and transport",
+        "applying alone",
+        "the whole",
+        "whole / applying",
+    ]
+    rows = [
+        [
+            row["student"],
+            f"{row['bytes'] / 1e6:.0f}",
+            *(f"{row[way]:.3f}" for way in ("copy_s", "pack_s", "put_s", "apply_s", "whole_s")),
+            f"{row['sync_over_apply']:.2f}",
+        ]
+        for row in found["students"]
+    ]
+    return markdown(head, rows)
 
 
-def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+def plot(found: Mapping[str, Any], path: Path) -> None:
     """Seconds over bytes."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panel = pyplot.subplots(figsize=(7, 5), layout="constrained")
-    megabytes = [row["bytes"] / 1e6 for row in found]
-    for way, label in (
-        ("copy_s", "one copy in memory"),
-        ("pack_s", "packing"),
-        ("put_s", "packing and transport"),
-        ("apply_s", "applying alone (vLLM)"),
-        ("whole_s", "the whole sync"),
-    ):
-        panel.plot(megabytes, [row[way] for row in found], "o-", label=label)
-    panel.set(xscale="log", yscale="log", xlabel="weights (MB)", ylabel="seconds")
-    panel.grid(alpha=0.3)
-    panel.legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    students = found["students"]
+    with panels(path, 1, width=7) as (panel,):
+        for way, label in (
+            ("copy_s", "one copy in memory"),
+            ("pack_s", "packing"),
+            ("put_s", "packing and transport"),
+            ("apply_s", "applying alone (vLLM)"),
+            ("whole_s", "the whole sync"),
+        ):
+            megabytes = [row["bytes"] / 1e6 for row in students]
+            panel.plot(megabytes, [row[way] for row in students], "o-", label=label)
+        panel.set(xscale="log", yscale="log", xlabel="weights (MB)", ylabel="seconds")
+        panel.grid(alpha=0.3)
+        panel.legend()
 
 
 def main(
@@ -171,15 +178,12 @@ def main(
     unknown = sorted(set(student or ()) - SHAPES.keys())
     if unknown:
         raise typer.BadParameter(f"{unknown[0]} is no student: use some of {', '.join(SHAPES)}")
-    console, found = Console(), []
+    found = []
     with ray_session():
         for name in student or SHAPES:
-            with console.status(f"{name}"):
-                found.append(measure_size(name, bucket_mib=bucket_mib, repeat=repeat))
-            console.print(table(found)[-1])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot(found, output.with_suffix(".png"))
+            found.append(measure_size(name, bucket_mib=bucket_mib, repeat=repeat))
+            print(f"{name}: {found[-1]['whole_s']:.3f} s, applying alone {found[-1]['apply_s']:.3f} s", flush=True)
+    publish({"machine": machine(), "students": found}, output, table=table, plot=plot)
 
 
 if __name__ == "__main__":

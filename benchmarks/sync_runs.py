@@ -16,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import typer
 from rich.console import Console
 
+from benchmarks.record import markdown
 from benchmarks.speed.cases import FOLDER, LARGE, Case, Pair, write_inputs
 from launch.ray_session import ray_session
 
@@ -81,14 +82,11 @@ def _within(events: Sequence[dict[str, Any]], whole: dict[str, Any], part: str) 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each way."""
-    lines = [
-        "| sync of | MB | whole | transfer | of which vLLM loads | probe | proof |",
-        "|---|---|---|---|---|---|---|",
+    head = ["sync of", "MB", "whole (s)", "transfer", "of which vLLM loads", "probe", "proof"]
+    rows = [
+        [row["way"], f"{row['bytes'] / 1e6:.1f}", *(f"{row[key]:.3f}" for key in ("sync_s", *_SPANS))] for row in found
     ]
-    for row in found:
-        seconds = " | ".join(f"{row[key]:.3f}" for key in ("sync_s", *_SPANS))
-        lines.append(f"| {row['way']} | {row['bytes'] / 1e6:.1f} | {seconds} |")
-    return lines
+    return markdown(head, rows)
 
 
 def main(

@@ -5,9 +5,6 @@ Each system runs in processes of its own, one after the other, and is looked at 
 
 import json
 import os
-import subprocess
-import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,36 +13,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import typer
 from rich.console import Console
 
-from benchmarks.speed.cases import CASES, FOLDER, READY, Case, write_inputs
-from benchmarks.speed.memory import MemoryWatch
+from benchmarks.record import machine
+from benchmarks.speed.cases import CASES, FOLDER, Case, write_inputs
 from benchmarks.speed.report import ratios, table
-
-
-def run_system(case: Case, system: str, *arguments: str) -> dict[str, Any]:
-    """Run `benchmarks.speed.SYSTEM` on a case: what it measured, and what it held.
-
-    Raises:
-        RuntimeError: if it failed, with the end of what it printed.
-    """
-    output, log = case.folder / f"{system}.json", case.folder / f"{system}.log"
-    command = [sys.executable, "-m", f"benchmarks.speed.{system}", case.name, *arguments, str(output)]
-    with log.open("w", encoding="utf-8") as errors:
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        watch = MemoryWatch(process)
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip() == READY:
-                watch.mark_idle()
-        code = process.wait()
-    memory = watch.close()
-    if code:
-        raise RuntimeError(f"{' '.join(command)} failed; the end of {log}:\n{log.read_text(encoding='utf-8')[-2000:]}")
-    return json.loads(output.read_text(encoding="utf-8")) | {"memory": asdict(memory)}
+from benchmarks.speed.systems import run_system
 
 
 def measure(case: Case, console: Console) -> dict[str, Any]:
     """All systems on one case."""
-    case.folder.mkdir(parents=True, exist_ok=True)
     write_inputs(case)
     found: dict[str, Any] = {"case": case.name, "batch": case.batch}
     for name, system, arguments in (
@@ -72,7 +47,7 @@ def main(
         found.append(measure(CASES[name], console))
         console.print(table({"cases": found})[-1], soft_wrap=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps({"cases": found}, indent=1) + "\n", encoding="utf-8")
+        output.write_text(json.dumps({"machine": machine(), "cases": found}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ import torch
 FOLDER = Path("outputs/bench")
 READY = "ready"
 """What each system prints once everything is loaded."""
+_MLP = 3
+"""Width of the hidden layer, over the model's."""
+_CASE = "case.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +25,13 @@ class Shape:
     layers: int
     heads: int
     key_value_heads: int
+
+    def parameters(self, vocabulary: int) -> int:
+        """How many it has, with so many rows in its head."""
+        key_value_width = self.width // self.heads * self.key_value_heads
+        attention = 2 * self.width * (self.width + key_value_width)
+        layer = attention + 3 * self.width * _MLP * self.width + 2 * self.width
+        return vocabulary * self.width + self.layers * layer + self.width
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +83,8 @@ class Case:
     """Steps that are not counted."""
     steps: int = 4
     """Steps that are."""
+    rollout_actors: int = 1
+    """Engines of a gkd run; what it is compared with has one."""
 
     @property
     def folder(self) -> Path:
@@ -100,7 +112,9 @@ CASES = {
 
 
 def write_inputs(case: Case) -> None:
-    """Models, tokenizer and prompts. Token 0 pads and token 1 stops; prompts have neither."""
+    """The case, models, tokenizer and prompts. Token 0 pads and token 1 stops; prompts have neither."""
+    case.folder.mkdir(parents=True, exist_ok=True)
+    (case.folder / _CASE).write_text(json.dumps(asdict(case)), encoding="utf-8")
     pair = case.pair
     write_model(case.folder / "student", pair.student, pair.vocabulary)
     write_model(case.folder / "teacher", pair.teacher, pair.vocabulary)
@@ -127,7 +141,7 @@ def write_model(folder: Path, shape: Shape, vocabulary: int) -> None:
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
-        intermediate_size=3 * shape.width,
+        intermediate_size=_MLP * shape.width,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         bos_token_id=None,
@@ -137,6 +151,14 @@ def write_model(folder: Path, shape: Shape, vocabulary: int) -> None:
     torch.manual_seed(shape.layers)
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
+def read_case(folder: Path) -> Case:
+    """The case whose inputs were written there."""
+    tree = json.loads((folder / _CASE).read_text(encoding="utf-8"))
+    shapes = {name: Shape(**tree["pair"][name]) for name in ("student", "teacher")}
+    spans = {name: tuple(tree[name]) for name in ("prompt_tokens", "new_tokens")}
+    return Case(**tree | spans | {"pair": Pair(**tree["pair"] | shapes)})
 
 
 def read_prompts(case: Case) -> list[tuple[tuple[int, ...], int]]:

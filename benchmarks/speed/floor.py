@@ -1,4 +1,4 @@
-"""The parts that no design can leave out, each alone on the batches of a case: `benchmarks.speed.floor CASE OUTPUT`.
+"""The parts that no design can leave out, each alone on the batches of a case: `benchmarks.speed.floor FOLDER OUTPUT`.
 
 The engine generates; the teacher reads; the student reads, is compared with its teacher and learns; the optimizer
 steps.
@@ -18,7 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 import torch
 
-from benchmarks.speed.cases import CASES, Case, batches, lengths_by_prompt
+from benchmarks.speed.cases import Case, batches, lengths_by_prompt, read_case
 from benchmarks.speed.ours import SettledWorkers
 from gkd.divergences import generalized_jsd
 from gkd.model_loading import load_causal_lm
@@ -151,8 +151,8 @@ def _median(case: Case, work: Callable[[Any], None], batches: Sequence[Any]) -> 
 
 def main() -> None:
     """Measure a case and write what came out."""
-    name, output = sys.argv[1:]
-    Path(output).write_text(json.dumps(measure(CASES[name])), encoding="utf-8")
+    folder, output = sys.argv[1:]
+    Path(output).write_text(json.dumps(measure(read_case(Path(folder)))), encoding="utf-8")
 
 
 if __name__ == "__main__":

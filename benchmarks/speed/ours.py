@@ -1,4 +1,4 @@
-"""A run of `gkd train` on a case: `python -m benchmarks.speed.ours CASE STALENESS OUTPUT`."""
+"""A run of `gkd train` on a case: `python -m benchmarks.speed.ours FOLDER STALENESS OUTPUT`."""
 
 import json
 import os
@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 from rich.console import Console
 
-from benchmarks.speed.cases import CASES, READY, Case, lengths_by_prompt
+from benchmarks.speed.cases import READY, Case, lengths_by_prompt, read_case
 from gkd.trace import Lane, TracedWorker
 from gkd.types import Prompt
 from launch.placement import Place
@@ -80,7 +80,7 @@ def config_tree(case: Case, *, max_staleness: int) -> dict[str, Any]:
         "student": {"model": str(case.folder / "student")},
         "teacher": {"model": str(case.folder / "teacher")},
         "data": {"train": {"path": str(case.folder / "prompts.jsonl")}},
-        "rollout": {"max_new_tokens": case.new_tokens[1]},
+        "rollout": {"max_new_tokens": case.new_tokens[1], "num_actors": case.rollout_actors},
         "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
         "trainer": {
             "max_steps": case.warm_up + case.steps,
@@ -114,8 +114,9 @@ def measure(case: Case, *, max_staleness: int) -> dict[str, float]:
 
 def main() -> None:
     """Measure a case and write what came out."""
-    name, staleness, output = sys.argv[1:]
-    Path(output).write_text(json.dumps(measure(CASES[name], max_staleness=int(staleness))), encoding="utf-8")
+    folder, staleness, output = sys.argv[1:]
+    found = measure(read_case(Path(folder)), max_staleness=int(staleness))
+    Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""TRL's `GKDTrainer` on a case: `python -m benchmarks.speed.peer CASE OUTPUT`."""
+"""TRL's `GKDTrainer` on a case: `python -m benchmarks.speed.peer FOLDER OUTPUT`."""
 
 import json
 import os
@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from benchmarks.speed.cases import CASES, READY, Case, lengths_by_prompt, read_prompts
+from benchmarks.speed.cases import READY, Case, lengths_by_prompt, read_case, read_prompts
 
 _PAD, _STOP = 0, 1
 
@@ -127,8 +127,8 @@ def measure(case: Case) -> dict[str, float]:
 
 def main() -> None:
     """Measure a case and write what came out."""
-    name, output = sys.argv[1:]
-    Path(output).write_text(json.dumps(measure(CASES[name])), encoding="utf-8")
+    folder, output = sys.argv[1:]
+    Path(output).write_text(json.dumps(measure(read_case(Path(folder)))), encoding="utf-8")
 
 
 if __name__ == "__main__":

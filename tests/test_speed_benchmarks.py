@@ -1,0 +1,176 @@
+"""The cases of the speed benchmarks, and what is made of figures that are known; the runs are too long for a test."""
+
+import json
+
+import numpy as np
+import pytest
+
+from benchmarks import growth, overlap, transport
+from benchmarks.speed import cases
+from benchmarks.speed.ours import config_tree
+from gkd.config import parse_config
+from gkd.config.models import TeacherConfig
+from gkd.signals import FullLogits, HiddenStates, SampledLogprobs, SignalKind, TopK
+from launch.signal_choice import signal_bytes
+
+TINY = cases.Case(
+    name="tiny",
+    pair=cases.TINY,
+    batch=2,
+    prompt_tokens=(3, 5),
+    new_tokens=(4, 6),
+    warm_up=1,
+    steps=2,
+    rollout_actors=2,
+)
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    """The inputs of the tiny case."""
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    cases.write_inputs(TINY)
+    return TINY
+
+
+def test_a_case_is_read_as_it_was_written(written):
+    assert cases.read_case(written.folder) == written
+    groups = cases.batches(written)
+    assert [len(group) for group in groups] == [2, 2, 2]
+    assert all(4 <= length <= 6 and 3 <= len(ids) <= 5 for group in groups for ids, length in group)
+    config = parse_config(config_tree(written, max_staleness=1))
+    assert (config.rollout.num_actors, config.trainer.max_steps, config.rollout.max_new_tokens) == (2, 3, 6)
+
+
+def test_a_shape_knows_its_parameters(written):
+    """The weights on disk, float32, with the head tied: the header says where each ends."""
+    for name, shape in (("student", TINY.pair.student), ("teacher", TINY.pair.teacher)):
+        with (written.folder / name / "model.safetensors").open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        ends = [tensor["data_offsets"][1] for key, tensor in header.items() if key != "__metadata__"]
+        assert max(ends) == 4 * shape.parameters(TINY.pair.vocabulary)
+
+
+def test_an_axis_changes_one_thing_and_all_meet_in_the_base():
+    names = [case.name for members in growth.AXES.values() for case in members if case != growth.BASE]
+    assert len(names) == len(set(names))
+    for axis, members in growth.AXES.items():
+        sizes = [growth.SIZES[axis](case) for case in members]
+        assert sizes == sorted(set(sizes)) and growth.BASE in members
+        for case in members:
+            others = {other: size(case) for other, size in growth.SIZES.items() if other not in (axis, "student")}
+            assert others == {other: growth.SIZES[other](growth.BASE) for other in others}
+            assert case.prompt_tokens[1] + case.new_tokens[1] <= 512, "the models' positions"
+            for shape in (case.pair.student, case.pair.teacher):
+                assert shape.width // shape.heads in (32, 64), "what vLLM knows on CPUs"
+                assert shape.heads % shape.key_value_heads == 0
+    for case, millions in zip(growth.AXES["student"], (1, 4, 11, 30), strict=True):
+        student, teacher = (shape.parameters(8192) for shape in (case.pair.student, case.pair.teacher))
+        assert student == pytest.approx(millions * 1e6, rel=0.1) and 3.5 < teacher / student < 4.5
+
+
+def test_a_case_of_several_axes_runs_once(monkeypatch, tmp_path):
+    ran, told = [], []
+
+    def run_system(case, system, staleness):
+        ran.append(case.name)
+        seconds = {f"{stage}_s": 0.1 for stage in growth.STAGES}
+        memory = {"largest": 2_000_000_000, "largest_name": "ray::it", "idle": 1_000_000_000, "peak": 1_500_000_000}
+        return {"tokens": 100.0 * case.batch, "step_s": 0.5, "memory": memory} | seconds
+
+    monkeypatch.setattr(growth, "run_system", run_system)
+    monkeypatch.setattr(growth, "write_inputs", lambda case: case.folder.mkdir(parents=True))
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    axes = {
+        "batch": growth.along("batch", [{"batch": 2}, {"batch": 4}], base=TINY),
+        "engines": growth.along("engines", [{"rollout_actors": 2}, {"rollout_actors": 4}], base=TINY),
+    }
+    found = growth.measure(axes, told.append)
+    assert ran == ["tiny", "growth_batch_4", "growth_engines_4"]
+    assert told[1] == "batch 4: 1250 us a token, 0.500 s a step" and not list(tmp_path.iterdir())
+    lines = growth.table(json.loads(json.dumps(found)))
+    assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
+    assert lines[3].startswith("| sequences of a step | 4 | 0.1 M, 1.3 M | 0.500 | 1250 | 0.50 | 0.100 |")
+    assert lines[3].endswith("| 2.00 | 0.50 |")
+    growth.plot(found, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_every_form_of_signal_is_read_whole():
+    plain = np.zeros((4, 6), np.float32)
+    top_k = TopK(
+        ids_TK=plain.astype(np.int32), logprobs_TK=plain, tail_T=plain[:, 0], sampled_T=plain[:, 0], temperature=1.0
+    )
+    for signal in (FullLogits(plain), HiddenStates(plain), top_k, SampledLogprobs(plain[:, 0], 1.0)):
+        assert sum(array.nbytes for array in transport.arrays_of(signal)) == signal.num_bytes
+
+
+def test_groups_carry_the_students_tokens_where_they_are_asked_for(written):
+    for top_k in (0, 3):
+        groups = transport.rollouts(written, student_top_k=top_k)
+        assert [len(group) for group in groups] == [2, 2, 2]
+        members = [rollout for group in groups for rollout in group]
+        for rollout, (prompt_ids, length) in zip(members, cases.read_prompts(written), strict=True):
+            assert rollout.prompt_ids == prompt_ids and len(rollout.response_ids) == length
+            assert max(rollout.response_ids) < 17
+            if top_k:
+                assert rollout.top_ids.shape == (length, 3) and 0 <= rollout.top_ids.min() <= rollout.top_ids.max() < 17
+                assert all(len(set(row)) == 3 for row in rollout.top_ids.tolist())
+            else:
+                assert rollout.top_ids is None
+
+
+def test_the_transport_table_has_a_row_for_each_signal(tmp_path):
+    teacher = TeacherConfig(model="any")
+    points = [
+        {
+            "pair": pair.name,
+            "vocabulary": pair.vocabulary,
+            "teacher_parameters": pair.teacher.parameters(pair.vocabulary),
+            "signal": kind.value,
+            "tokens": 1000,
+            "bytes_per_token": float(signal_bytes(kind, teacher, rows=pair.vocabulary, hidden_size=pair.teacher.width)),
+            "bytes_once": 65_536_000 if kind is SignalKind.HIDDEN_STATES else 0,
+            "make_s": 0.5,
+            "store_s": 0.01,
+            "read_s": 0.001,
+        }
+        for pair in (case.pair for case in transport.CASES)
+        for kind in transport.SIGNALS
+    ]
+    found = {"signals": points}
+    lines = transport.table(found)
+    assert lines[2] == "| 32,000 | 54.1 M | `full_logits` | 128,000 | 500.0 | 10.0 | 1.0 | 0.0 |"
+    assert lines[3] == "| 32,000 | 54.1 M | `hidden_states` | 2,048 | 500.0 | 10.0 | 1.0 | 65.5 |"
+    assert len(lines) == 2 + 8
+    transport.plot(found, tmp_path / "transport.png")
+    assert (tmp_path / "transport.png").stat().st_size > 0
+
+
+def a_case(name, *, on_policy_s, streaming_s):
+    """As `benchmarks.speed` records it."""
+    waits = {"train_wait_s": 0.5, "rollout_wait_s": 0.4, "teacher_wait_s": 0.8}
+    run = {"rollout_s": 0.6, "teacher_s": 0.2, "train_s": 0.5, "sync_s": 0.1, "whole_s": 30.0, "tokens": 100.0}
+    run |= waits | {"memory": {"largest": 1}}
+    floor = {"rollout_s": 0.4, "teacher_s": 0.1, "train_s": 0.2, "optimizer_s": 0.1, "memory": {"largest": 1}}
+    return {
+        "case": name,
+        "gkd": run | {"step_s": on_policy_s},
+        "gkd_streaming": run | {"step_s": streaming_s},
+        "floor": floor,
+    }
+
+
+def test_streaming_is_compared_with_the_sum_of_the_stages_and_the_longest(tmp_path):
+    speed = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0)]}
+    found = overlap.measure(speed)
+    (case,) = found["cases"]
+    assert case["shared_ideal_s"] == pytest.approx(0.8) and case["own_devices_ideal_s"] == pytest.approx(0.4)
+    assert case["longest"] == "rollout" and case["gain"] == pytest.approx(1.2)
+    assert case["shared_ideal_gain"] == pytest.approx(1.5) and case["own_devices_ideal_gain"] == pytest.approx(3.0)
+    assert case["attained"] == pytest.approx(0.8) == case["gain"] / case["shared_ideal_gain"]
+    assert case["idle"]["gkd_streaming"] == pytest.approx({"rollout": 0.4, "teacher": 0.8, "trainer": 0.5, "sync": 0.9})
+    lines = overlap.table(json.loads(json.dumps(found)))
+    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 80% |")
+    overlap.plot(found, tmp_path / "overlap.png")
+    assert (tmp_path / "overlap.png").stat().st_size > 0
