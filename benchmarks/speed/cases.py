@@ -81,7 +81,7 @@ class Case:
     """Shortest and longest; each sequence's is settled beforehand, so that all systems make the same tokens."""
     warm_up: int = 1
     """Steps that are not counted."""
-    steps: int = 4
+    steps: int = 3
     """Steps that are."""
     rollout_actors: int = 1
     """Engines of a gkd run; what it is compared with has one."""
