@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gkd.config import Config
@@ -20,6 +20,9 @@ class Place:
     """CPU share that Ray books for it."""
     num_gpus: float
     """GPUs that Ray books for it."""
+    at_once: int = 1
+    """On a host without GPUs: into how many parts its cores are divided, as so many sides are busy at the same time; 1
+    where all workers take turns."""
 
     @property
     def kind(self) -> str:
@@ -66,12 +69,16 @@ def plan_placement(config: Config, num_cpus: float, num_gpus: float) -> list[Pla
     """A place for every worker of the run.
 
     On hosts without GPUs the workers take turns (while the trainer waits for rollouts it needs no core), so each books
-    a fraction of the CPUs; where there are GPUs every worker gets its own.
+    a fraction of the CPUs; where there are GPUs every worker gets its own. In streaming the trainer works beside those
+    who make its next batch, and threads that wait for each other on cores that others hold lose more than half of their
+    time: there each side has half of the cores.
 
     Raises:
         UserError: if the workers do not fit.
     """
-    return fit_places(needed_places(config), num_cpus, num_gpus)
+    places = fit_places(needed_places(config), num_cpus, num_gpus)
+    has_two_sides = any(place.worker != "trainer" for place in places) and config.sync.max_staleness > 0
+    return [replace(place, at_once=2 if has_two_sides else 1) for place in places]
 
 
 def fit_places(places: Sequence[Place], num_cpus: float, num_gpus: float) -> list[Place]:

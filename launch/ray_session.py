@@ -2,7 +2,7 @@
 
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -118,8 +118,7 @@ class Workers:
     def _start(self, index: int, actor_class: Any, settings: Any, env: dict[str, str]) -> Any:
         self._free.remove(index)
         place = self._places[index]
-        sharing = sum(other.kind == place.kind for other in self._places)
-        env = _environment(place, sharing) | env
+        env = _environment(place, threads_of(place, self._places)) | env
         options = {"num_cpus": place.num_cpus, "num_gpus": place.num_gpus, "runtime_env": {"env_vars": env}}
         actor = self._on_place(actor_class, index, **options).remote(settings)
         self._actors.append(actor)
@@ -156,25 +155,31 @@ class Workers:
             ) from None
 
 
-def _environment(place: Place, sharing: int) -> dict[str, str]:
-    """Environment of a worker.
+def threads_of(place: Place, places: Sequence[Place]) -> int:
+    """Threads of a worker on a host without GPUs.
 
-    Ray would give a worker with a fraction of a CPU one thread. On CPU hosts workers of different kinds take turns, so
-    each may use every core; the `sharing` workers of one kind work at the same time and share them.
+    Ray would give a worker with a fraction of a CPU one thread. Workers of different kinds take turns, unless their
+    places say otherwise, so each may use every core; workers of one kind work at the same time and share them.
     """
+    sharing = place.at_once * sum(other.kind == place.kind for other in places)
+    return max(1, available_cpus() // sharing)
+
+
+def _environment(place: Place, threads: int) -> dict[str, str]:
+    """Environment of a worker."""
     passed_on = {
         name: value for name, value in os.environ.items() if name.startswith(("HF_", "VLLM_", "TRANSFORMERS_"))
     }
     # Plug-ins are found where the driver finds them, also by workers of a cluster that was started elsewhere.
     paths = [os.environ.get("PYTHONPATH", ""), str(Path.cwd())]
     passed_on["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-    threads = {} if place.num_gpus else _cpu_threads(sharing)
-    return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | threads
+    on_cpus = {} if place.num_gpus else _cpu_threads(threads)
+    return {"VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"} | passed_on | on_cpus
 
 
-def _cpu_threads(sharing: int) -> dict[str, str]:
+def _cpu_threads(threads: int) -> dict[str, str]:
     return {
-        "OMP_NUM_THREADS": str(max(1, available_cpus() // sharing)),
+        "OMP_NUM_THREADS": str(threads),
         # How long an idle OpenMP thread spins before it sleeps. At libgomp's default idle threads of one worker
         # take the cores from the worker whose turn it is; at 0 the engine's many short operations wait for
         # wake-ups. Measured on 2 cores; docs/PERFORMANCE.md has the numbers.

@@ -97,7 +97,8 @@ def measure(case: Case) -> dict[str, float]:
         teacher_model=teacher,
         args=GKDConfig(
             output_dir=str(case.folder / "trl"),
-            per_device_train_batch_size=case.batch,
+            per_device_train_batch_size=case.batch // case.peer_micro_batches,
+            gradient_accumulation_steps=case.peer_micro_batches,
             max_steps=case.warm_up + case.steps,
             learning_rate=1e-4,
             lr_scheduler_type="constant",

@@ -4,6 +4,7 @@ from tiny import config_tree
 from gkd.config import parse_config
 from gkd.errors import UserError
 from launch.placement import plan_placement
+from launch.ray_session import threads_of
 from launch.run_folder import find_start, mark_export, prepare, run_state
 from trainer import checkpoint
 
@@ -153,6 +154,31 @@ def test_workers_share_the_cpus_where_there_is_no_gpu(tmp_path):
         "trainer",
         "teacher",
     ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "trainer_threads"),
+    [
+        ({}, 8),
+        ({"sync__max_staleness": 1}, 4),
+        ({"sync__max_staleness": 1, "trainer__num_ranks": 2}, 2),
+        ({"trainer__num_ranks": 2}, 4),
+        ({"sync__max_staleness": 1, "data__on_policy_fraction": 0}, 4),
+    ],
+)
+def test_sides_that_work_at_the_same_time_divide_the_cores(tmp_path, monkeypatch, changes, trainer_threads):
+    """In streaming the trainer works beside those who make its next batch; alone, or in turns, it has all cores."""
+    monkeypatch.setattr("launch.ray_session.available_cpus", lambda: 8)
+    places = plan_placement(config(tmp_path, **changes), 8, 0)
+    assert threads_of(places[0], places) == trainer_threads
+
+
+def test_a_trainer_alone_has_all_cores(tmp_path):
+    tree = config_tree(tmp_path, "student", "teacher", "train.jsonl")
+    tree |= {"objective": {"type": "sft"}, "teacher": None, "sync": {"max_staleness": 1}}
+    tree["data"]["on_policy_fraction"] = 0
+    [place] = plan_placement(parse_config(tree), 8, 0)
+    assert place.at_once == 1
 
 
 def test_workers_get_gpus_of_their_own_or_a_clear_refusal(tmp_path):
