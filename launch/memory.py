@@ -188,7 +188,7 @@ def _logit_rows(config: Config, tokens: int, of_block: int) -> int:
         return 5 * tokens
     divergence = getattr(config.objective, "divergence", None)
     if divergence is None or isinstance(divergence, CustomDivergence):
-        return 15 * tokens
+        return 14 * tokens
     return 6 * tokens + 8 * min(tokens, of_block)
 
 

@@ -190,7 +190,9 @@ def test_the_logits_estimate_is_what_objectives_hold(objective, dtype, of_block,
         output.loss_T.sum().backward()
     measured = memory.peak_bytes / (4 * V)
     estimated = _logit_rows(parsed, T, of_block)
-    assert 0.6 * estimated < measured < 1.05 * estimated
+    # Of a user's own it is what a JSD in plain torch holds, which is more than this one.
+    least = 0.5 if objective.get("divergence") == CUSTOM else 0.6
+    assert least * estimated < measured < 1.05 * estimated
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
