@@ -34,7 +34,8 @@ def plot(results: Sequence[Result], path: Path) -> None:
     for panel in panels.flat:
         panel.grid(alpha=0.3)
         if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize="small")
+            panel.legend(fontsize="small", ncols=3, loc="upper center", bbox_to_anchor=(0.5, -0.13))
+    panels[1, 1].set_visible(bool(panels[1, 1].lines))  # nothing to show before moment matching has run
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 

@@ -35,7 +35,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             | {name: statistics.median(m.metrics[name] for m in members) for name in ("tokens", "train_s", "step_s")}
         )
     compared = {
-        name: [asdict(pair) for pair in differences(results, comparisons)]
+        name: [asdict(pair) for pair in differences(results, comparisons) if _is_measured(pair.setting, pair.metric)]
         for name, comparisons in (("differences", ACCURACY), ("relations", RELATIONS))
     }
     rates = {method: rate for method in TITLES if (rate := chosen_rate(results, method)) is not None}
@@ -53,6 +53,11 @@ _COLUMNS = {
 }
 _STEPWISE = {"whole_match": "whole trace right", "sampled_recovered": "right after a mistake, samples"}
 """Where an answer may be right after a mistake on the way to it."""
+
+
+def _is_measured(setting: str, metric: str) -> bool:
+    """Whether a metric says anything there: where only whole answers count, nothing is right after a mistake."""
+    return metric not in _STEPWISE or SETTINGS[setting].task is SORTING
 
 
 def _columns(setting: str) -> dict[str, str]:
