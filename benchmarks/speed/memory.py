@@ -2,12 +2,15 @@
 
 import subprocess
 import threading
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 
 EVERY_S = 0.5
+_MORE = 1.02
+"""More is what grew by 2 %."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,18 +28,23 @@ class Memory:
 
 
 class MemoryWatch:
-    """Looks at a process and its descendants from time to time, in a thread, until `close`."""
+    """Looks at a process and its descendants from time to time, in a thread, until `close`.
+
+    Resident memory is a number that the kernel has ready. For PSS it goes through all pages of a process, which has to
+    wait meanwhile; so that is asked only when there is more resident than before.
+    """
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._root = psutil.Process(process.pid)
         self._largest, self._largest_name, self._idle, self._peak = 0, "", 0, 0
+        self._most_resident = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._go_on, daemon=True)
         self._thread.start()
 
     def mark_idle(self) -> None:
         """Everything is loaded, and nothing has been done with it."""
-        self._idle = self._look()
+        self._idle = self._shared_out()
 
     def close(self) -> Memory:
         """Stop looking."""
@@ -48,19 +56,28 @@ class MemoryWatch:
 
     def _go_on(self) -> None:
         while not self._done.wait(EVERY_S):
-            self._peak = max(self._peak, self._look())
+            resident = self._resident()
+            if resident > _MORE * self._most_resident:
+                self._most_resident = resident
+                self._peak = max(self._peak, self._shared_out())
 
-    def _look(self) -> int:
+    def _resident(self) -> int:
+        """Of all processes, pages that several share counted for each; remembers the largest process."""
         total = 0
         for process in self._processes():
-            try:
-                info = process.memory_full_info()
-                name = process.cmdline()[0] if process.cmdline() else process.name()
-            except psutil.NoSuchProcess:
-                continue
-            total += info.pss
-            if info.rss > self._largest:
-                self._largest, self._largest_name = info.rss, name
+            with suppress(psutil.NoSuchProcess):
+                resident = process.memory_info().rss
+                total += resident
+                if resident > self._largest:
+                    self._largest, self._largest_name = resident, _name(process)
+        return total
+
+    def _shared_out(self) -> int:
+        """PSS of all processes."""
+        total = 0
+        for process in self._processes():
+            with suppress(psutil.NoSuchProcess):
+                total += process.memory_full_info().pss
         return total
 
     def _processes(self) -> list[Any]:
@@ -68,3 +85,8 @@ class MemoryWatch:
             return [self._root, *self._root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def _name(process: Any) -> str:
+    command = process.cmdline()
+    return command[0] if command else process.name()
