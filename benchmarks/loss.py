@@ -122,6 +122,7 @@ def _chunked(objective: Distill, student: Model, teacher: Model) -> torch.Tensor
         teacher=WholeView(_lazy(teacher)),
         response_ids_T=torch.zeros(tokens, dtype=torch.long, device=device),
         mask_T=torch.ones(tokens, dtype=torch.bool, device=device),
+        loss_weights_T=torch.full((tokens,), 1 / tokens, device=device),
         lengths=(tokens,),
         on_policy_N=torch.ones(1, dtype=torch.bool, device=device),
     )

@@ -9,8 +9,6 @@ many as count. It writes the points and a plot beside them, and prints the table
 """
 
 import json
-import os
-import platform
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +20,7 @@ import torch
 import typer
 
 from benchmarks.loss import Way
+from benchmarks.record import machine, markdown, panels, publish
 
 Device = Literal["cpu", "cuda"]
 Found = dict[str, Any]
@@ -78,16 +77,19 @@ def measure(device: Device) -> Found:
         RuntimeError: if a measurement fails.
         ValueError: if two ways find different divergences.
     """
-    todo = points(device)
+    wanted = points(device)
     rows: list[Found] = []
     refused: dict[str, str] = {}
-    for number, point in enumerate(todo, 1):
-        print(f"{number}/{len(todo)}: V = {point.vocab:,}, {point.tokens:,} tokens, {point.way}: ", end="", flush=True)
+    for number, point in enumerate(wanted, 1):
+        print(
+            f"{number}/{len(wanted)}: V = {point.vocab:,}, {point.tokens:,} tokens, {point.way}: ", end="", flush=True
+        )
         result = _measured(point, device, refused)
         rows.append({"vocab": point.vocab, "tokens": point.tokens, "way": point.way} | result)
         print(result.get("left_out") or f"{result['seconds']:.2f} s, {result['peak_extra_bytes'] / 1e9:.2f} GB")
     _check(rows)
-    return {"points": rows, "machine": _machine(device), "left_out": refused, "width": WIDTH}
+    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
+    return {"points": rows, "machine": machine() | gpu, "left_out": refused, "width": WIDTH}
 
 
 def _measured(point: Point, device: Device, refused: dict[str, str]) -> Found:
@@ -134,54 +136,39 @@ def _check(rows: Sequence[Mapping[str, Any]]) -> None:
             raise ValueError(f"{other['way']} and {row['way']} compute different things: {other} and {row}")
 
 
-def _machine(device: Device) -> Found:
-    host = {"cpus": os.cpu_count(), "threads": torch.get_num_threads(), "processor": platform.machine()}
-    gpu = {"gpu": torch.cuda.get_device_name()} if device == "cuda" else {}
-    return host | gpu | {"torch": torch.__version__}
-
-
 def table(found: Found) -> list[str]:
     """Lines of markdown: a row for each size, seconds and GB of each way, and what was left out."""
     ways = [way for way in TITLES if way not in found["left_out"]]
     head = ["V", "tokens", *(f"{TITLES[way]}, s" for way in ways), *(f"{TITLES[way]}, GB" for way in ways)]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    rows = []
     sizes: dict[tuple[int, int], Found] = {}
     for row in found["points"]:
         sizes.setdefault((row["vocab"], row["tokens"]), {})[row["way"]] = row
     for (vocab, tokens), of in sizes.items():
         seconds = [of[way].get("left_out") or f"{of[way]['seconds']:.2f}" for way in ways]
         memory = [of[way].get("left_out") or f"{of[way]['peak_extra_bytes'] / 1e9:.2f}" for way in ways]
-        lines.append(_line([f"{vocab:,}", f"{tokens:,}", *seconds, *memory]))
-    return lines + [f"\n{TITLES[way]} is left out: {reason}" for way, reason in found["left_out"].items()]
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+        rows.append([f"{vocab:,}", f"{tokens:,}", *seconds, *memory])
+    return markdown(head, rows) + [
+        f"\n{TITLES[way]} is left out: {reason}" for way, reason in found["left_out"].items()
+    ]
 
 
 def plot(found: Found, path: Path) -> None:
     """Seconds and peak bytes over the tokens: a colour for each vocabulary, a style for each way."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     styles: dict[Way, str] = {"chunked": "o-", "naive": "s--", "liger": "^:"}
     measured = [row for row in found["points"] if "left_out" not in row]
     colours = {vocab: f"C{place}" for place, vocab in enumerate(dict.fromkeys(row["vocab"] for row in measured))}
-    figure, panels = pyplot.subplots(1, 2, figsize=(12, 5), layout="constrained")
     labels = {"seconds": "seconds, forward and backward", "peak_extra_bytes": "peak bytes over those held before"}
-    for panel, (key, label) in zip(panels, labels.items(), strict=True):
-        for vocab, colour in colours.items():
-            for way, style in styles.items():
-                line = [(row["tokens"], row[key]) for row in measured if (row["vocab"], row["way"]) == (vocab, way)]
-                if line:
-                    panel.plot(*zip(*line, strict=True), style, color=colour, label=f"V = {vocab:,}, {TITLES[way]}")
-        panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
-        panel.grid(alpha=0.3)
-    panels[0].legend(fontsize="small")
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    with panels(path, 2, width=6) as axes:
+        for panel, (key, label) in zip(axes, labels.items(), strict=True):
+            for vocab, colour in colours.items():
+                for way, style in styles.items():
+                    line = [(row["tokens"], row[key]) for row in measured if (row["vocab"], row["way"]) == (vocab, way)]
+                    if line:
+                        panel.plot(*zip(*line, strict=True), style, color=colour, label=f"V = {vocab:,}, {TITLES[way]}")
+            panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+            panel.grid(alpha=0.3)
+        axes[0].legend(fontsize="small")
 
 
 def main(
@@ -191,11 +178,7 @@ def main(
     ),
 ) -> None:
     """Measure the loss over vocabularies and batch sizes."""
-    found = measure(device)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    plot(found, output.with_suffix(".png"))
-    print("\n".join(table(found)))
+    publish(measure(device), output, table=table, plot=plot)
 
 
 if __name__ == "__main__":

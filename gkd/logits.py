@@ -2,7 +2,8 @@
 
 `[tokens, vocabulary]` tensors of a whole batch are what distillation runs out of memory on (152,064 rows: 0.6 MB a
 token and tensor, of which a loss holds many). Here a loss is computed chunk by chunk, and its backward pass computes
-each chunk again. Legend: T tokens, t tokens of a chunk, V rows, H hidden width.
+each chunk again, unless `gkd.one_pass` could make the gradient with it. Legend: T tokens, t tokens of a chunk, V rows,
+H hidden width.
 """
 
 import math

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from benchmarks.record import markdown
+
 _PARTS = ("rollout_s", "teacher_s", "train_s", "optimizer_s")
 
 
@@ -30,12 +32,12 @@ def table(found: Mapping[str, Any]) -> list[str]:
         "all over idle (GB)",
         "TRL's",
     )
-    return [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|", *map(_row, found["cases"])]
+    return markdown(columns, [_row(case) for case in found["cases"]])
 
 
-def _row(case: Mapping[str, Any]) -> str:
+def _row(case: Mapping[str, Any]) -> list[str]:
     ours, trl = case["gkd"], case["trl"]
-    cells = [
+    return [
         case["case"],
         f"{trl['step_s']:.3f}",
         f"{ours['step_s']:.3f}",
@@ -46,4 +48,3 @@ def _row(case: Mapping[str, Any]) -> str:
         *(f"{system['memory']['largest'] / 1e9:.2f}" for system in (ours, trl)),
         *(f"{(system['memory']['peak'] - system['memory']['idle']) / 1e9:.2f}" for system in (ours, trl)),
     ]
-    return f"| {' | '.join(cells)} |"

@@ -42,10 +42,11 @@ class ToMixture:
 
     def value_and_gradient(self, student: Rows, teacher: Rows) -> tuple[torch.Tensor, torch.Tensor]:
         """[t] nats and [t, V]."""
-        value_t, slopes_tV = torch.zeros_like(student.p_tV[:, 0]), torch.zeros_like(student.p_tV)
         if self.student_factor:
             slopes_tV = _log_ratio_to_mixture(student, teacher, self.weight).mul_(self.student_factor)
             value_t = expectation(student, slopes_tV)
+        else:
+            slopes_tV, value_t = torch.zeros_like(student.p_tV), torch.zeros_like(student.p_tV[:, 0])
         mean_t = value_t.clone()
         if self.teacher_factor:
             value_t.add_(self._of_teacher(student, teacher), alpha=self.teacher_factor)
