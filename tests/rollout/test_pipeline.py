@@ -108,19 +108,25 @@ def mixer(fraction, first_epoch=0):
     )
 
 
-def run(fraction, max_staleness, seed, steps=12, every_steps=1):
-    """Batches of a run whose engines, teachers and trainer take random times."""
-    rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
-    pipeline = Pipeline(
-        mixer(fraction),
-        always(rollouts),
-        teachers,
-        NoRewards(),
+def pipeline_of(mixer, rollouts, teachers=None, rewards=None, *, steps=3, max_staleness=0, timeout_s=20, **options):
+    """A pipeline of so many steps; `rollouts` are of one stage, or of several."""
+    return Pipeline(
+        mixer,
+        rollouts if isinstance(rollouts, StagedRollouts) else always(rollouts),
+        teachers or NoTeacher(),
+        rewards or NoRewards(),
         first_step=1,
         last_step=steps,
         max_staleness=max_staleness,
-        timeout_s=20,
+        timeout_s=timeout_s,
+        **options,
     )
+
+
+def run(fraction, max_staleness, seed, steps=12, every_steps=1):
+    """Batches of a run whose engines, teachers and trainer take random times."""
+    rollouts, teachers, trainer = FakeRollouts(seed), FakeTeachers(), random.Random(seed)
+    pipeline = pipeline_of(mixer(fraction), rollouts, teachers, steps=steps, max_staleness=max_staleness)
     batches = []
     with pipeline:
         pipeline.release(0)
@@ -164,9 +170,7 @@ def test_batches_come_in_order_whole_and_within_the_staleness_bound(fraction, ma
 def test_generation_runs_ahead_by_the_bound_and_no_further():
     """With a trainer that never finishes a step, exactly the steps within the window are generated."""
     rollouts, teachers = FakeRollouts(0), FakeTeachers()
-    pipeline = Pipeline(
-        mixer(1.0), always(rollouts), teachers, NoRewards(), first_step=1, last_step=9, max_staleness=2, timeout_s=20
-    )
+    pipeline = pipeline_of(mixer(1.0), rollouts, teachers, steps=9, max_staleness=2)
     with pipeline:
         pipeline.release(0)
         assert [pipeline.take().step for _ in range(3)] == [1, 2, 3]
@@ -184,16 +188,8 @@ def staged_run(stages, max_staleness, seed):
         ByStep([(steps, mixer(float(who != "dataset"), 10 * number)) for number, (who, steps) in enumerate(stages)])
     )
     num_steps = sum(steps for _, steps in stages)
-    pipeline = Pipeline(
-        plans,
-        StagedRollouts(ByStep([(steps, writers[who]) for who, steps in stages]), first_step=1),
-        FakeTeachers(),
-        NoRewards(),
-        first_step=1,
-        last_step=num_steps,
-        max_staleness=max_staleness,
-        timeout_s=20,
-    )
+    staged = StagedRollouts(ByStep([(steps, writers[who]) for who, steps in stages]), first_step=1)
+    pipeline = pipeline_of(plans, staged, FakeTeachers(), steps=num_steps, max_staleness=max_staleness)
     batches = []
     with pipeline:
         pipeline.release(0)
@@ -237,7 +233,7 @@ def test_the_student_writes_the_next_stage_while_the_teachers_text_is_still_trai
     student, teacher, asked = FakeRollouts(0), FakeRollouts(1), FakeTeachers()
     writers = StagedRollouts(ByStep([(2, TeacherText(teacher)), (4, student)]), first_step=1)
     mixers = StagedMixer(ByStep([(2, mixer(1.0)), (4, mixer(1.0, first_epoch=10))]))
-    pipeline = Pipeline(mixers, writers, asked, NoRewards(), first_step=1, last_step=6, max_staleness=2, timeout_s=20)
+    pipeline = pipeline_of(mixers, writers, asked, steps=6, max_staleness=2)
     with pipeline:
         pipeline.release(0)
         found = [pipeline.take() for _ in range(3)]
@@ -256,33 +252,14 @@ def test_whoever_waits_for_a_batch_is_told_to_stop():
         def submit(self, prompts):
             threading.Timer(0.05, stop.set).start()
 
-    pipeline = Pipeline(
-        mixer(1.0),
-        always(Silent(0)),
-        NoTeacher(),
-        NoRewards(),
-        first_step=1,
-        last_step=3,
-        max_staleness=0,
-        timeout_s=20,
-        stop_requested=stop.is_set,
-    )
+    pipeline = pipeline_of(mixer(1.0), Silent(0), stop_requested=stop.is_set)
     with pipeline:
         pipeline.release(0)
         assert pipeline.take() is None
 
 
 def test_an_error_outside_reaches_whoever_waits():
-    pipeline = Pipeline(
-        mixer(1.0),
-        always(FakeRollouts(0)),
-        NoTeacher(),
-        NoRewards(),
-        first_step=1,
-        last_step=3,
-        max_staleness=0,
-        timeout_s=9,
-    )
+    pipeline = pipeline_of(mixer(1.0), FakeRollouts(0))
     with pipeline, pytest.raises(OSError, match="the push failed"):
         pipeline.fail(OSError("the push failed"))
         pipeline.take()
@@ -302,9 +279,7 @@ def test_a_dead_worker_ends_the_run_with_its_own_error():
 
             self.post(fail)
 
-    pipeline = Pipeline(
-        mixer(1.0), always(Dying(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=20
-    )
+    pipeline = pipeline_of(mixer(1.0), Dying(0))
     with pipeline, pytest.raises(RuntimeError, match="the engine died"):
         pipeline.release(0)
         pipeline.take()
@@ -315,33 +290,14 @@ def test_silence_has_a_deadline():
         def submit(self, prompts):
             pass
 
-    pipeline = Pipeline(
-        mixer(1.0),
-        always(Silent(0)),
-        NoTeacher(),
-        NoRewards(),
-        first_step=1,
-        last_step=3,
-        max_staleness=0,
-        timeout_s=0.2,
-    )
+    pipeline = pipeline_of(mixer(1.0), Silent(0), timeout_s=0.2)
     with pipeline, pytest.raises(TimeoutError, match=r"rollout\.timeout_s"):
         pipeline.release(0)
         pipeline.take()
 
 
 def test_without_engine_and_teacher_the_dataset_passes_through():
-    pipeline = Pipeline(
-        mixer(0.0),
-        always(NoRollouts()),
-        NoTeacher(),
-        NoRewards(),
-        first_step=1,
-        last_step=2,
-        max_staleness=0,
-        timeout_s=5,
-    )
-    with pipeline:
+    with pipeline_of(mixer(0.0), NoRollouts(), steps=2) as pipeline:
         pipeline.release(0)
         batch = pipeline.take()
     assert all(rollout.source == "dataset" for rollout in batch.rollouts)
@@ -353,9 +309,7 @@ def test_an_engine_that_answers_but_finishes_nothing_has_a_deadline_too():
         def submit(self, prompts):
             threading.Timer(0.01, lambda: self.post(lambda: self.submit(prompts))).start()
 
-    pipeline = Pipeline(
-        mixer(1.0), always(Busy(0)), NoTeacher(), NoRewards(), first_step=1, last_step=3, max_staleness=0, timeout_s=0.3
-    )
+    pipeline = pipeline_of(mixer(1.0), Busy(0), timeout_s=0.3)
     with pipeline, pytest.raises(TimeoutError, match="no rollout"):
         pipeline.release(0)
         pipeline.take()
@@ -380,19 +334,9 @@ class FakeRewards:
 
 
 def batches(rewards, *, teachers=None, steps=4, timeout_s=20.0):
-    rollouts = FakeRollouts(0)
-    pipeline = Pipeline(
-        mixer(0.5),
-        always(rollouts),
-        teachers or FakeTeachers(),
-        rewards,
-        first_step=1,
-        last_step=steps,
-        max_staleness=0,
-        timeout_s=timeout_s,
-    )
     found = []
-    with pipeline:
+    teachers = teachers or FakeTeachers()
+    with pipeline_of(mixer(0.5), FakeRollouts(0), teachers, rewards, steps=steps, timeout_s=timeout_s) as pipeline:
         for step in range(steps):
             pipeline.release(step)
             found.append(pipeline.take())
