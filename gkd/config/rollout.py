@@ -32,6 +32,6 @@ class RolloutConfig(Section):
     """Record the log-probability of every sampled token: for objectives that need it, and for the metrics of staleness.
     `auto`: where the objective needs it, or `sync.max_staleness` is above 0."""
     max_restarts: NonNegativeInt = 0
-    """How often a dead engine is started again."""
+    """Reserved: starting a dead engine again is not built yet."""
     timeout_s: Positive = 600.0
     """Longest wait for anything to finish before the run is given up with an error."""

@@ -68,7 +68,7 @@ class LogConfig(Section):
     tensorboard: bool = False
     """Write TensorBoard event files."""
     wandb: bool = False
-    """Log to Weights & Biases."""
+    """Reserved: logging to Weights & Biases is not built yet."""
     trace: bool = False
     """Write `trace.json`, a timeline of all workers, to open in ui.perfetto.dev: about 100 bytes for each interval."""
     rollouts_every: NonNegativeInt = 25
