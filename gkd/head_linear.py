@@ -13,13 +13,26 @@ from torch.autograd import Function
 from torch.nn.functional import linear
 
 from gkd.head import Finish, Head
+from gkd.logits import raised
 
 
 class _Total:
-    """The gradients that are added up."""
+    """The gradients that are added up, in float32 at least: bfloat16 would lose most of what comes late."""
 
     weight_VH: torch.Tensor | None = None
     bias_V: torch.Tensor | None = None
+
+    def add(self, gradient_tV: torch.Tensor, hidden_tH: torch.Tensor, *, with_bias: bool) -> None:
+        """The part of one application."""
+        if self.weight_VH is None:
+            self.weight_VH = raised(gradient_tV.T @ hidden_tH)
+        elif self.weight_VH.dtype == hidden_tH.dtype:
+            self.weight_VH.addmm_(gradient_tV.T, hidden_tH)
+        else:
+            self.weight_VH.add_(gradient_tV.T @ hidden_tH)
+        if with_bias:
+            part_V = gradient_tV.sum(0, dtype=self.weight_VH.dtype)
+            self.bias_V = part_V if self.bias_V is None else self.bias_V.add_(part_V)
 
 
 class _Gate(Function):
@@ -27,15 +40,15 @@ class _Gate(Function):
 
     @staticmethod
     def forward(ctx: Any, weight_VH: torch.Tensor, _bias_V: torch.Tensor | None, total: _Total) -> torch.Tensor:
-        ctx.total = total
+        ctx.total, ctx.dtype = total, weight_VH.dtype
         return weight_VH.new_zeros(())
 
     @staticmethod
     def backward(ctx: Any, _gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         total: _Total = ctx.total
-        gradients = (total.weight_VH, total.bias_V)
+        weight_VH, bias_V = (None if part is None else part.to(ctx.dtype) for part in (total.weight_VH, total.bias_V))
         total.weight_VH = total.bias_V = None
-        return *gradients, None
+        return weight_VH, bias_V, None
 
 
 class _Apply(Function):
@@ -55,13 +68,7 @@ class _Apply(Function):
     def backward(ctx: Any, gradient_tV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         (hidden_tH,) = ctx.saved_tensors
         total: _Total = ctx.total
-        if total.weight_VH is None:
-            total.weight_VH = gradient_tV.T @ hidden_tH
-        else:
-            total.weight_VH.addmm_(gradient_tV.T, hidden_tH)
-        if ctx.layer.bias is not None:
-            part_V = gradient_tV.sum(0)
-            total.bias_V = part_V if total.bias_V is None else total.bias_V.add_(part_V)
+        total.add(gradient_tV, hidden_tH, with_bias=ctx.layer.bias is not None)
         return gradient_tV @ ctx.layer.weight, gradient_tV.new_zeros(()), None, None
 
 

@@ -167,6 +167,21 @@ def test_a_layer_applied_many_times_has_the_gradient_of_one_application(bias):
         torch.testing.assert_close(found, one)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_bfloat16_layer_applied_many_times_loses_nothing_of_what_comes_late(bias):
+    """Added up in bfloat16, 256 parts of one size would stop to count when their sum is 256 times as large."""
+    made = torch.Generator().manual_seed(0)
+    hidden_TH = (1 + torch.rand(2048, 8, generator=made)).bfloat16()
+    layer = torch.nn.Linear(8, 7, bias=bias).bfloat16()
+    head = LinearHead(layer, layer.forward)
+    sum(head(part_tH).sum(dtype=torch.float32) for part_tH in hidden_TH.split(8)).backward()
+    expected_H = hidden_TH.double().sum(0)
+    assert layer.weight.grad.dtype == torch.bfloat16
+    torch.testing.assert_close(layer.weight.grad.double(), expected_H.expand(7, 8), rtol=2**-8, atol=0)
+    if bias:
+        assert layer.bias.grad.tolist() == [2048] * 7
+
+
 def test_what_is_frozen_or_no_plain_layer_is_applied_as_it_is():
     hidden, _, _ = problem(tokens=10, rows=7)
     frozen, wrapped = torch.nn.Linear(8, 7).requires_grad_(False), torch.nn.Sequential(torch.nn.Linear(8, 7))
