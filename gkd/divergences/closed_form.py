@@ -93,7 +93,9 @@ class _Divergence(Function):
     @once_differentiable
     def backward(ctx: Any, weight_T: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (gradient_TV,) = ctx.saved_tensors
-        return gradient_TV * weight_T.unsqueeze(-1).to(gradient_TV.dtype), None, None
+        weighted_TV = gradient_TV * weight_T.unsqueeze(-1).to(gradient_TV.dtype)
+        # A token that does not count adds nothing, also where its divergence is infinite and its gradient no number.
+        return weighted_TV.index_fill_(0, (weight_T == 0).nonzero()[:, 0], 0), None, None
 
 
 def _never_negative(value_T: torch.Tensor) -> torch.Tensor:

@@ -98,6 +98,18 @@ def test_the_teacher_is_a_constant_and_nothing_is_differentiated_twice():
         gradient.sum().backward()
 
 
+def test_a_token_of_no_weight_adds_nothing_though_its_divergence_is_infinite():
+    student, teacher = random_logits(3, 5).requires_grad_(), random_logits(3, 5, seed=1)
+    teacher[1, 2] = -torch.inf
+    loss_T = divergences.reverse_kl(student, teacher)
+    assert loss_T.isinf().tolist() == [False, True, False]
+    weights_T = torch.tensor([1.0, 0.0, 2.0])
+    (gradient_TV,) = torch.autograd.grad(loss_T, student, weights_T)
+    kept = [0, 2]
+    (expected_TV,) = torch.autograd.grad(divergences.reverse_kl(student[kept], teacher[kept]), student, weights_T[kept])
+    torch.testing.assert_close(gradient_TV, expected_TV)
+
+
 def test_no_tokens_at_all():
     student = torch.zeros(0, 5, requires_grad=True)
     loss_T = divergences.reverse_kl(student, torch.zeros(0, 5))
