@@ -35,7 +35,7 @@ def draw(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
 
     By inversion of the distribution function: a block of tokens first, then a token of it, so that no running sum goes
     over all of V; in float32 it would lose what is small, and in float64 it would take most of the time. What has no
-    weight is never drawn.
+    weight is never drawn. Weights that are no numbers, a broken model's, give any token: the sync's proof says why.
 
     Args:
         weights_BV: float32, 0 or more, some of each row above 0.
@@ -46,7 +46,7 @@ def draw(weights_BV: torch.Tensor, uniform_B: torch.Tensor) -> torch.Tensor:
     weights_BKW = padded_BV.view(len(padded_BV), -1, _WIDTH)
     block_B, rest_B = _invert(weights_BKW.sum(-1), uniform_B)
     inner_B, _ = _invert(weights_BKW[torch.arange(len(block_B), device=block_B.device), block_B], rest_B)
-    return block_B * _WIDTH + inner_B
+    return (block_B * _WIDTH + inner_B).clamp_(max=weights_BV.shape[1] - 1)
 
 
 def draw_nucleus(weights_BV: torch.Tensor, uniform_B: torch.Tensor, top_p_B: torch.Tensor) -> torch.Tensor:
@@ -65,6 +65,7 @@ def _invert(weights_BN: torch.Tensor, uniform_B: torch.Tensor) -> tuple[torch.Te
     # Rounding may lift the product to the total, beyond which nothing is.
     target_B1 = torch.minimum(uniform_B[:, None] * total_B1, torch.nextafter(total_B1, torch.zeros_like(total_B1)))
     place_B1 = torch.searchsorted(sums_BN, target_B1, right=True)
+    place_B1 = place_B1.clamp(max=weights_BN.shape[-1] - 1)  # only for weights that are no numbers
     weight_B1 = weights_BN.gather(1, place_B1).double()
     into_B1 = (target_B1 - (sums_BN.gather(1, place_B1) - weight_B1)) / weight_B1
     return place_B1[:, 0], into_B1[:, 0].clamp(0.0, 1.0 - 2.0**-53)

@@ -89,7 +89,7 @@ class TrainStep:
             learning_rate: of this step.
 
         Raises:
-            TrainingDiverged: on every rank and before the update, if the batch's loss is infinite or not a number.
+            TrainingDiverged: on every rank, if the batch's loss or its gradient is infinite or not a number.
         """
         learnt: dict[str, float] = {}
         for learn in self._before:
@@ -111,6 +111,12 @@ class TrainStep:
             )
         with self._lane.span("optimizer"):
             grad_norm = self._engine.step(learning_rate)
+        if not math.isfinite(grad_norm):
+            raise TrainingDiverged(
+                f"the gradient's norm is {grad_norm}, though the loss is finite: this step's weights are lost, and the run "
+                "goes on from its last checkpoint. Usual causes: a divergence, an objective or a token weight of your own "
+                "whose gradient is no number, or an overflow (trainer.dtype)"
+            )
         return StepReport(
             loss=totals.pop("total"),
             num_tokens=round(totals.pop("tokens")),

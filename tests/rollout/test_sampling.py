@@ -57,6 +57,16 @@ def test_what_has_no_weight_is_never_drawn(size):
         assert (weights_BV.gather(1, tokens_B[:, None]) > 0).all()
 
 
+def test_weights_that_are_no_numbers_give_some_token_and_harm_no_other_row():
+    """A broken model must not end the engine: the weight sync's proof then says what is wrong."""
+    weights_BV, uniform_B = weights(3, 1000), torch.rand(3, dtype=torch.float64)
+    broken_BV = weights_BV.clone()
+    broken_BV[1] = torch.nan
+    tokens_B = draw(broken_BV, uniform_B)
+    assert 0 <= tokens_B[1] < 1000 and tokens_B[[0, 2]].tolist() == draw(weights_BV, uniform_B)[[0, 2]].tolist()
+    assert 0 <= draw_nucleus(broken_BV, uniform_B, torch.full((3,), 0.9))[1] < 1000
+
+
 def test_a_row_is_drawn_alike_alone_and_among_others():
     weights_BV, uniform_B = weights(50, 1000), torch.rand(50, dtype=torch.float64)
     together = draw(weights_BV, uniform_B)

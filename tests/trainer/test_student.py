@@ -143,6 +143,20 @@ def test_dropout_acts_only_where_asked_for(tmp_path):
     assert dropped.logprobs(rollouts) == dropped.logprobs(rollouts)
 
 
+@pytest.mark.parametrize("zero_stage", [0, 2])
+def test_a_gradient_that_is_no_number_ends_the_run(model, zero_stage):
+    """A square root at 0: the loss is a number, and its slope is not."""
+    own = distill(type="custom", path=f"{__file__}:at_zero")
+    student = Student(student_settings(model, rows=18, zero_stage=zero_stage, objective=own))
+    with pytest.raises(TrainingDiverged, match="gradient"):
+        step(student, 1, scored_batch(rows=18))
+
+
+def at_zero(student_logits_TV, teacher_logits_TV):
+    """0, with a slope that is no number."""
+    return (0 * student_logits_TV.sum(-1)).sqrt()
+
+
 def test_a_loss_that_is_no_number_changes_nothing(model):
     student = Student(student_settings(model, rows=18))
     before = {name: p.clone() for name, p in student._model.named_parameters()}
