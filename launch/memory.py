@@ -102,7 +102,7 @@ def _needs(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
     if config.needs_engine:
         parts = _rollout(config, sizes, on_gpu=on_gpu)
         needs.append(Need(worker="rollout", num=config.rollout.num_actors, parts=parts))
-    for worker, teacher, scorer in zip(teacher_workers(config), config.all_teachers, _scorers(sizes), strict=False):
+    for worker, (teacher, scorer) in zip(teacher_workers(config), _scorers_of(config, sizes), strict=False):
         parts = _teacher(config, teacher, scorer, sizes, on_gpu=on_gpu)
         needs.append(Need(worker=worker, num=teacher.num_actors, parts=parts))
     if config.teacher_writes and sizes.teachers:
@@ -126,6 +126,8 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - activations: `_activations`, for every layer, or with gradient checkpointing for one and the layers' inputs
     - logits: 4 t V times the number of such tensors that the objective holds at once, t of the T tokens at a time, and
       those of a block of which a divergence is made
+    - head's gradient: 4 V H of a bfloat16 head, which is added up in float32 and then joins the others
+    - teachers' heads: V H w of each teacher that sends hidden states, in its precision, whole on every rank
     - moving average: 4 n, and n w beside it where w is not 4, whole on every rank
     - critics: 16 bytes a parameter (float32, its gradient, AdamW's moments), whole on every rank
     - weight buckets: one gathered and one packed
@@ -154,6 +156,11 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     device_type = "cuda" if on_gpu else "cpu"
     at_once = tokens_at_once(responses, sizes.rows, device_type)
     parts["logits"] = 4 * sizes.rows * _logit_rows(config, at_once, block_tokens(sizes.rows, device_type))
+    if trainer.dtype == "bfloat16" and not sizes.adapter:
+        parts["head's gradient"] = 4 * sizes.rows * student.hidden_size
+    heads = sum(_head_bytes(teacher, scorer, sizes) for teacher, scorer in _scorers_of(config, sizes))
+    if heads:
+        parts["teachers' heads"] = heads
     if config.needs_teacher and any(teacher.backend == "student_ema" for teacher in config.all_teachers):
         parts["moving average"] = trained * (4 if trainer.dtype == "float32" else 4 + width)
     matching = terms_of_type(config.objective, MomentMatchingObjective)
@@ -239,8 +246,15 @@ Scorer = tuple[Architecture, SignalKind]
 """A teacher and what its workers send."""
 
 
-def _scorers(sizes: Sizes) -> list[Scorer]:
-    return list(zip(sizes.teachers, sizes.signals, strict=False))
+def _scorers_of(config: Config, sizes: Sizes) -> list[tuple[TeacherConfig, Scorer]]:
+    """Every teacher that has workers of its own."""
+    return list(zip(config.all_teachers, zip(sizes.teachers, sizes.signals, strict=False), strict=False))
+
+
+def _head_bytes(teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> int:
+    """Of the head that the trainer applies for a teacher; 0 where the teacher sends anything but hidden states."""
+    model, signal = scorer
+    return sizes.rows * model.hidden_size * NUMBER_BYTES[teacher.dtype] * (signal is SignalKind.HIDDEN_STATES)
 
 
 def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
@@ -289,8 +303,7 @@ def _object_store(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, in
     through_the_host = not on_gpu or sizes.adapter or config.sync.backend == "object_store"
     if config.needs_engine and through_the_host:
         parts["weights on their way"] = trained * width
-    pairs = zip(config.all_teachers, _scorers(sizes), strict=False)
-    each = [_signal_bytes(teacher, scorer, sizes) for teacher, scorer in pairs]
+    each = [_signal_bytes(teacher, scorer, sizes) for teacher, scorer in _scorers_of(config, sizes)]
     if each:
         tokens = trainer.batch_size * (1 + config.sync.max_staleness) * sizes.longest_scored_response
         # A token has a signal from every teacher of a mixture, else from one.

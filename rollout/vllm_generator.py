@@ -80,8 +80,7 @@ class VllmGenerator:
     def __init__(self, settings: GeneratorSettings) -> None:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # `rollout.vllm_sampling` is a logits processor of the first model runner, the only one on CPUs; the second takes none
-        # such.
+        # `rollout.vllm_sampling` is a logits processor of vLLM's first model runner, the only one on CPUs.
         os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
         if settings.tensor_parallel_size > 1 and not settings.on_gpu:
             # vLLM would give each of the engine's workers a NUMA node of its own, and most hosts have one.

@@ -113,9 +113,9 @@ class TrainStep:
             grad_norm = self._engine.step(learning_rate)
         if not math.isfinite(grad_norm):
             raise TrainingDiverged(
-                f"the gradient's norm is {grad_norm}, though the loss is finite: this step's weights are lost, and the run "
-                "goes on from its last checkpoint. Usual causes: a divergence, an objective or a token weight of your own "
-                "whose gradient is no number, or an overflow (trainer.dtype)"
+                f"the gradient's norm is {grad_norm}, though the loss is finite: what this step made of the weights is "
+                "lost, and the run goes on from its last checkpoint. Usual causes: a divergence, an objective or a "
+                "token weight of your own whose gradient is no number, or an overflow (trainer.dtype)"
             )
         return StepReport(
             loss=totals.pop("total"),

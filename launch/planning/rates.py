@@ -9,6 +9,7 @@ from typing import Any
 
 from gkd.config import Config, load_config
 from gkd.errors import UserError
+from gkd.signals import SignalKind
 from launch.memory import Sizes
 from launch.planning.step_time import Stages
 from launch.planning.workload import Rates, Workload, engine_devices, split_of, teacher_devices, workload_of
@@ -145,7 +146,8 @@ def rates_by_arithmetic(
 
     A forward pass takes 2 operations for each parameter and token, a backward pass 4 (2 without the gradients of the
     weights, under an adapter); computing activations again and a teacher made of the student's weights take another
-    forward pass each. Attention is left out, and with it the length of the context.
+    forward pass each. The head of a teacher that sends hidden states is applied by the trainer, to response tokens.
+    Attention is left out, and with it the length of the context.
 
     Args:
         config: of the stage.
@@ -157,6 +159,7 @@ def rates_by_arithmetic(
     """
     student = sizes.student.num_parameters + sizes.adapter
     teacher = max((model.num_parameters for model in sizes.teachers), default=0)
+    scored, head = _scored_parameters(sizes, scorings=work.scorings)
     passes = 2 if sizes.adapter else 3
     passes += config.trainer.gradient_checkpointing
     passes += config.needs_teacher and not config.needs_teacher_workers
@@ -166,7 +169,18 @@ def rates_by_arithmetic(
     speed = peak_flops * utilisation
     return Rates(
         rollout=peak_flops * rollout_utilisation / (2 * writer * written) if work.prompts_written else None,
-        teacher=speed / (2 * teacher * both) if teacher else None,
-        train=speed / (2 * student * passes * both),
+        teacher=speed / (2 * scored * both) if scored else None,
+        train=speed / (2 * (student * passes * both + head)),
         sync_s=None,
     )
+
+
+def _scored_parameters(sizes: Sizes, *, scorings: int) -> tuple[int, int]:
+    """Parameters that the largest teacher applies to each of its tokens, and those that the trainer applies for all
+    teachers of a response token."""
+    heads = [
+        sizes.rows * model.hidden_size * (signal is SignalKind.HIDDEN_STATES)
+        for model, signal in zip(sizes.teachers, sizes.signals, strict=False)
+    ]
+    bodies = [model.num_parameters - head for model, head in zip(sizes.teachers, heads, strict=False)]
+    return max(bodies, default=0), scorings * max(heads, default=0)

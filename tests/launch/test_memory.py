@@ -62,13 +62,13 @@ def config(**changes):
     return parse_config(tree)
 
 
-def needs(parsed, *, on_gpu, adapter=0):
+def needs(parsed, *, on_gpu, adapter=0, signal=SignalKind.FULL_LOGITS):
     sizes = Sizes(
         student=STUDENT,
         teachers=(TEACHER,),
         adapter=adapter,
         rows=100,
-        signals=(SignalKind.FULL_LOGITS,) if parsed.needs_teacher else (),
+        signals=(signal,) if parsed.needs_teacher else (),
         longest_prompt=6,
         longest_response=10,
         longest_scored_prompt=6,
@@ -114,6 +114,19 @@ def test_what_zero_shards(stage, weights, gradients, optimizer, masters):
     assert [parts[name] for name in ("weights", "gradients", "optimizer", "master weights")] == [
         weights, gradients, optimizer, masters
     ]  # fmt: skip
+
+
+def test_heads_of_teachers_and_the_gradient_of_the_own():
+    names = ("teachers' heads", "head's gradient")
+    for dtype, adapter, signal, expected in (
+        ("bfloat16", 0, SignalKind.HIDDEN_STATES, (100 * 20 * 2, 4 * 100 * 10)),  # the teacher runs in bfloat16
+        ("bfloat16", 50, SignalKind.FULL_LOGITS, (None, None)),
+        ("float32", 0, SignalKind.FULL_LOGITS, (None, None)),
+    ):
+        student = {"lora": {}} if adapter else {}
+        parsed = config(trainer={"dtype": dtype}, student=student)
+        parts = needs(parsed, on_gpu=True, adapter=adapter, signal=signal)["trainer"].parts
+        assert tuple(parts.get(name) for name in names) == expected
 
 
 def test_only_the_adapter_has_gradients_and_states():

@@ -6,6 +6,7 @@ import pytest
 from plans import LINE, SIZES, architecture, plan_config, write_run
 
 from gkd.errors import UserError
+from gkd.signals import SignalKind
 from launch.planning.advice import advise
 from launch.planning.rates import rates_by_arithmetic, rates_of_run, read_run, refuse_other_run
 from launch.planning.step_time import step_seconds
@@ -83,6 +84,13 @@ def test_arithmetic_by_hand():
     assert found.teacher == pytest.approx(5e5 / (2 * 5000 * 1.6))
     assert found.train == pytest.approx(5e5 / (6 * 1000 * 1.6))
     assert found.sync_s is None
+
+
+def test_the_trainer_applies_the_head_of_a_teacher_that_sends_hidden_states():
+    hidden = replace(SIZES, signals=(SignalKind.HIDDEN_STATES,))
+    found = rates(plan_config(), hidden)  # 100 rows of width 20, at response tokens alone
+    assert found.teacher == pytest.approx(5e5 / (2 * (5000 - 2000) * 1.6))
+    assert found.train == pytest.approx(5e5 / (6 * 1000 * 1.6 + 2 * 2000))
 
 
 def test_further_passes_of_the_trainer():
