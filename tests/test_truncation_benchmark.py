@@ -39,10 +39,31 @@ def test_the_page_gets_paired_differences_between_its_marks(tmp_path):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("-->\nafter\n") and "old" not in text
     assert "| first 3 layers | 2 | 120 x 32 | 1.00 | 1.100 ± 0.000 | 0.7000 ± 0.7071 | 40.0% |" in text
-    assert "-0.3000, -1.3000 nats in the end; lower at every point of the curves" in text
+    assert "-0.3000, -1.3000 nats; at most -0.1 expected: **found**" in text
+    assert "throughout: **found**" in text
+    assert "90.0%, -10.0% is won back; at least 80 % expected: **not found** (1 of 2)" in text
     assert "vanilla KD at" not in text, "what has no run is not compared"
     write_tables([*runs, a_run(seed=2, end_ce=0.9), a_run("random", 2, end_ce=0.8)], page)
-    assert "+0.1000 nats in the end; lower not at every point" in page.read_text()
+    text = page.read_text()
+    assert "+0.1000 nats; at most -0.1 expected: **not found** (2 of 3)" in text
+    assert "throughout: **not found** (0 of 1)" in text
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "gap", "found"),
+    [
+        ("equal_flops", "kd", 0.015, "at most +0.02 expected: **found**"),
+        ("equal_flops", "kd", 0.025, "at most +0.02 expected: **not found** (0 of 1)"),
+        ("uniform", "last_k", -0.1, "at most +0 expected: **found**"),
+        ("scratch", "equal_flops", 0.1, "at most +0 expected: **not found** (0 of 1)"),
+        ("first_k", "kd", 0.5, "where KD may win: +0.5000 nats."),
+    ],
+)
+def test_what_the_paper_expects_is_said_to_be_found_or_not(first, second, gap, found, tmp_path):
+    page = tmp_path / "RESULTS.md"
+    page.write_text("<!-- truncation: begin -->\n<!-- truncation: end -->\n")
+    write_tables([a_run(first, end_ce=0.2 + gap), a_run(second, end_ce=0.2)], page)
+    assert found in page.read_text()
 
 
 def test_every_method_has_a_title_and_a_config_that_stands(tmp_path, monkeypatch):
