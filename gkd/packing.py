@@ -25,11 +25,6 @@ class PackedRows:
     response_lengths: tuple[int, ...]
     """Response tokens of each of the N sequences; their sum is T."""
 
-    @property
-    def num_positions(self) -> int:
-        """R * S, padding included: what a forward pass costs."""
-        return self.input_ids_RS.numel()
-
 
 def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *, share_rows: bool) -> PackedRows:
     """Lay out N sequences in rows as long as the longest of them.
@@ -38,7 +33,7 @@ def pack(prompts: Sequence[Sequence[int]], responses: Sequence[Sequence[int]], *
         prompts: N prompts, each with at least one token (the first response token is predicted from the last of them).
         responses: N responses, any of them possibly empty.
         share_rows: put several short sequences into one row, told apart by position ids. Only for models that
-            `verify_packing` passed.
+            `ResponseForward.packing_gap` finds to keep them apart.
 
     Raises:
         ValueError: if there is no sequence, or a prompt is empty.

@@ -24,7 +24,7 @@ class Comparison:
     metric: str = "exact_match"
     """What is compared, a key of what `measure` returns."""
     expected: Literal["below", "above"] | None = None
-    """Which side of 0 the method's specification has the difference on; None where it is only reported."""
+    """Which side of 0 the method's paper has the difference on; None where it is only reported."""
     claim: str = ""
     """What is then so, or what it says."""
 
@@ -46,7 +46,7 @@ ACCURACY = (
 
 _NEARER = "on-policy text brings the student nearer to its teacher where it walks itself"
 _MENDED = "what to do after a mistake of one's own is learnt from text that has such mistakes"
-_GIVEN = "on given text, given text is not the worse teacher"
+_GIVEN = "on given text, who learns from given text is at least as near to its teacher"
 _SEEKING = "the student spreads less"
 _TRADED = "less weight on the teacher: more reward"
 _PAID = "less weight on the teacher: farther from it"

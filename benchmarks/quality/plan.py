@@ -17,7 +17,6 @@ _FIRST_RATES = RATES[2:4]
 SEEDS = tuple(range(8))
 FEW_SEEDS = SEEDS[:3]
 TUNING_SEEDS = (100, 101)
-TEACHERS = (0, 1)
 SEEKING = ("gkd_jsd_0.1", "gkd_jsd_0.9")
 """Beside the two KL, the methods that say whether a student too small for its teacher spreads or seeks modes."""
 TUNED_AS = {f"rl_gkd_{alpha}": "rl_gkd_0.5" for alpha in ("0.75", "0.25", "0.05")}

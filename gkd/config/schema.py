@@ -51,7 +51,7 @@ class EvalConfig(Section):
     """Evaluation while training."""
 
     every_steps: NonNegativeInt = 0
-    """Steps between evaluations; 0 is never."""
+    """Steps between evaluations, of which one follows the last step, too; 0 is never."""
     metrics: list[Literal["exact_match", "divergence", "cross_entropy"]] = ["exact_match", "divergence"]
     """What is measured: greedy answers equal to the data's; mean divergence to the teacher per token, on samples; mean
     negative log-likelihood of the data's own completions or text, in nats per token (its exponential is the

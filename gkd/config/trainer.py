@@ -50,7 +50,9 @@ class SyncConfig(Section):
     """How weights reach the rollout engine, and how far it may lag."""
 
     backend: Literal["auto", "object_store", "nccl", "ipc"] = "auto"
-    """The wire."""
+    """The wire: `object_store`, through Ray and host memory; `nccl`, from GPU to GPU; `ipc`, within one GPU that the
+    trainer shares with the one engine (no placement of this version makes that). auto: nccl where all workers have GPUs
+    of their own and all weights travel, else object_store."""
     every_steps: Count = 1
     """Optimizer steps between syncs."""
     max_staleness: NonNegativeInt = 0

@@ -38,7 +38,7 @@ def test_sequences_that_share_a_row_have_positions_from_zero(pairs):
         return
     starts = (packed.position_ids_RS == 0).sum().item()
     assert starts >= len(pairs)  # padding after the last sequence goes on counting
-    assert packed.num_positions >= sum(lengths)
+    assert packed.input_ids_RS.numel() >= sum(lengths)
     assert packed.input_ids_RS.shape[1] == lengths[-1]
 
 
