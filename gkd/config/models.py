@@ -90,7 +90,8 @@ class TeacherConfig(Section):
     """Form in which its judgement travels. `full_logits` and `hidden_states` (to which the trainer applies the
     teacher's head) are exact over the whole vocabulary; `top_k` is exact for some tokens, and holds all others in one
     bucket; `sampled_logprobs` knows the response's own tokens alone. auto: the smallest that loses nothing of what the
-    objective compares, or the least lossy of what the backend can send. `attention_relations` is reserved: not built yet."""
+    objective compares, or the least lossy of what the backend can send. `attention_relations` is reserved: not built
+    yet."""
     top_k: Count = 64
     """Of the signal top_k: how many of the teacher's most probable tokens."""
     student_top_k: NonNegativeInt = 16
