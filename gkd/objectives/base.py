@@ -163,10 +163,10 @@ class ObjectiveOutput:
     mask_T: torch.Tensor
     """[T] bool, which tokens this objective counts: the inputs' mask or a part of it."""
     metrics_T: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name -> [T] detached values, averaged over the counted tokens of the whole batch and logged as `loss/<name>`."""
+    """Name -> [T] detached values, averaged over the counted tokens of the whole batch and logged as `loss/<name>`;
+    left out of steps that have none. The names are the same for every micro-batch."""
     partial_metrics_T: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Name -> [T] detached values and [T] bool: likewise, but averaged over these tokens alone, and left out of steps
-    that have none. The names are the same for every micro-batch."""
+    """Name -> [T] detached values and [T] bool: likewise, but of these tokens alone."""
 
 
 Staleness = Literal["robust", "corrected", "sensitive"]

@@ -51,3 +51,17 @@ def test_the_split_into_micro_batches_changes_nothing(tmp_path):
     names = {"minillm_single_step", "minillm_clip_fraction", "sampled_kl_token_weight", "sft_nll", "token_weight"}
     assert names <= reports[0][0].metrics.keys()
     assert reports[0][0].metrics["minillm_ratio"] != pytest.approx(1)
+
+
+@pytest.mark.parametrize("kind", ["sampled_kl", "minillm"])
+def test_the_mean_weight_is_that_of_the_tokens_that_count(tmp_path, kind):
+    model = save_model(tmp_path / "qwen2", "qwen2", rows=24)
+    objective = {"type": kind, "token_weight": {"type": "exponential_decay", "half_life": 4}}
+    student = Student(
+        student_settings(model, objective=TypeAdapter(ObjectiveConfig).validate_python(objective), rows=18)
+    )
+    batch = mixed_batch()
+    own = [s.rollout for s in batch if s.rollout.source == "student"]
+    weights = [0.5 ** (place / 4) for rollout in own for place in range(len(rollout.response_ids))]
+    metrics = step(student, 1, batch, tokens_per_micro_batch=16).metrics
+    assert metrics["token_weight"] == pytest.approx(sum(weights) / len(weights), rel=1e-5)
