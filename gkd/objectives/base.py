@@ -213,7 +213,7 @@ class Adversary(Protocol):
         ...
 
     def loss(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """What they minimise: per token, reduced like the student's loss. The inputs have no graph."""
+        """What they minimise: per token, weighted and reduced like the student's loss. The inputs have no graph."""
         ...
 
     def inner_steps(self, step: int) -> int:
@@ -234,6 +234,8 @@ class Adversary(Protocol):
 
 
 def adversaries_of(objective: Objective) -> list[Adversary]:
-    """What the objective owns: its `adversaries`, and those of its `terms` if it is a sum; most have none."""
-    own = list(getattr(objective, "adversaries", ()))
-    return own + [adversary for term in getattr(objective, "terms", ()) for adversary in adversaries_of(term)]
+    """What the objective owns: its `adversaries` where it says which, or else those of its `terms`; most have none."""
+    own = getattr(objective, "adversaries", None)
+    if own is not None:
+        return list(own)
+    return [adversary for term in getattr(objective, "terms", ()) for adversary in adversaries_of(term)]

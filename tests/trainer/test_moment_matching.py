@@ -161,6 +161,22 @@ def test_the_students_own_states_serve_both_critics(model, teacher):
     assert reports[1].metrics["d_on"] > 0
 
 
+def test_critics_do_not_learn_from_tokens_that_weigh_nothing(model, teacher):
+    weighted = matching(inner_steps=2, token_weight={"type": "first_part", "fraction": 0.5})
+
+    def critics_after(changed=None):
+        student, samples = student_of(model, teacher, objective=weighted), batch(teacher)
+        if changed is not None:
+            for sample in samples[2:4]:  # one of each side, of more than one token
+                sample.signal.hidden_TH[changed] += 1
+        step(student, 1, samples)
+        return critics_of(student)
+
+    expected = critics_after()
+    assert all(torch.equal(a, b) for a, b in zip(critics_after(changed=-1), expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(critics_after(changed=0), expected, strict=True))
+
+
 def test_a_sum_trains_its_terms_critics(model, teacher):
     """With an anchor of maximum likelihood on the dataset's text, as the method wants it."""
     terms = [{"objective": QUICK.model_dump()}, {"weight": 0.25, "objective": {"type": "sft"}}]
