@@ -60,7 +60,7 @@ def weighted_sum(values_T: torch.Tensor, weights_T: torch.Tensor, mask_T: torch.
 
 
 _SHARE = "/share"
-"""Ends the name of the weight that the tokens of a partial metric have; metrics have no slash in their names."""
+"""Ends the name of the weight that the tokens of a metric have; metrics have no slash in their names."""
 
 
 def metric_sums(
@@ -69,9 +69,17 @@ def metric_sums(
     weights_T: torch.Tensor,
     mask_T: torch.Tensor,
 ) -> dict[str, float]:
-    """What a micro-batch adds to an objective's metrics; add up over micro-batches and ranks, then `metric_means`."""
-    sums = {name: weighted_sum(values_T, weights_T, mask_T).item() for name, values_T in metrics_T.items()}
-    for name, (values_T, own_T) in partial_metrics_T.items():
+    """What a micro-batch adds to an objective's metrics; add up over micro-batches and ranks, then `metric_means`.
+
+    Args:
+        metrics_T: of the tokens that the objective counts.
+        partial_metrics_T: each with the tokens that it is of.
+        weights_T: of the batch's tokens. Those that the objective counts need not add up to 1: it may count a part.
+        mask_T: which it counts.
+    """
+    counted = {name: (values_T, mask_T) for name, values_T in metrics_T.items()}
+    sums = {}
+    for name, (values_T, own_T) in (counted | dict(partial_metrics_T)).items():
         sums[name] = weighted_sum(values_T, weights_T, own_T).item()
         sums[name + _SHARE] = weighted_sum(torch.ones_like(values_T), weights_T, own_T).item()
     return sums

@@ -7,6 +7,7 @@ from gkd.config.objective import (
     MomentMatchingObjective,
     RlGkdObjective,
     SampledKlObjective,
+    SumObjective,
     terms_of_type,
 )
 from gkd.errors import UserError
@@ -61,6 +62,14 @@ def objective_notes(config: Config) -> list[str]:
                 f"rollout.temperature = {rollout.temperature:g}, rollout.top_p = {rollout.top_p:g}: {name} takes "
                 f"samples as drawn at temperature {temperature:g} and top_p 1; with others its gradient is biased"
             )
+    if config.sync.max_staleness > 0 and (rollout.temperature, rollout.top_p) != (1, 1):
+        found += [
+            f"rollout.temperature = {rollout.temperature:g}, rollout.top_p = {rollout.top_p:g}, sync.max_staleness = "
+            f"{config.sync.max_staleness}: {name} weights the tokens of older students by ratios of probabilities at "
+            "temperature 1 and top_p 1, which are not those that the tokens were drawn with: its gradient is biased by "
+            "their age; set the first two to 1, or sync.max_staleness to 0 (docs/STALENESS.md)"
+            for name in _corrected(config.objective)
+        ]
     if config.sync.max_staleness > 0 and objective.staleness == "sensitive":
         found.append(
             f"sync.max_staleness = {config.sync.max_staleness}: the {config.objective.type} objective takes older "
@@ -84,6 +93,13 @@ def _take_tokens_as_actions(objective: BuiltObjective) -> list[tuple[str, float]
     found: list[tuple[str, float]] = [(own.type, 1.0) for own in terms_of_type(objective, RlGkdObjective)]
     found += [(own.type, own.temperature) for own in policies]
     return list(dict.fromkeys(found))
+
+
+def _corrected(objective: BuiltObjective) -> list[str]:
+    """What of an objective weights tokens by importance ratios: itself, or terms of a sum."""
+    if isinstance(objective, SumObjective):
+        return list(dict.fromkeys(name for term in objective.terms for name in _corrected(term.objective)))
+    return [objective.type] if build_objective(objective).staleness == "corrected" else []
 
 
 def _objective(config: Config) -> Objective:

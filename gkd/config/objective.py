@@ -4,7 +4,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from gkd.config.base import Count, Fraction, NonNegative, NonNegativeInt, Positive, Section
+from gkd.config.base import Count, Fraction, NonNegativeInt, Positive, Section
+from gkd.config.critic import CriticConfig
 from gkd.config.divergence import DivergenceConfig, ReverseKl
 from gkd.config.token_weight import TokenWeightConfig
 from gkd.importing import absolute_path
@@ -156,24 +157,6 @@ class RlGkdObjective(_Shared):
         return self.divergence
 
 
-class CriticConfig(Section):
-    """A critic of moment matching: a bounded linear head on hidden states, with an AdamW of its own."""
-
-    bound: Positive = 1.0
-    """B: values are within [-B, B]."""
-    rank: Count | None = None
-    """Rank of its weight, which otherwise has as many rows as the vocabulary and is kept in float32: 64 for large
-    vocabularies."""
-    init_scale: Positive = 1e-3
-    """Standard deviation of its first weights."""
-    weight_decay: NonNegative = 0.01
-    """Decoupled."""
-    grad_clip: Positive = 1.0
-    """Largest gradient norm, of both critics together."""
-    lr_multiplier: Positive = 10.0
-    """Its learning rate, in multiples of the student's at the same step."""
-
-
 class MomentMatchingObjective(_Shared):
     """Adversarial moment matching (AMMD, arXiv 2406.02959): critics maximise a distance, the student minimises it."""
 
@@ -297,9 +280,8 @@ class SumTerm(Section):
     @property
     def learns_from_student(self) -> bool:
         """Whether the student's own samples are of use. To maximum likelihood too, where that was asked for."""
-        return self.only == "student" or (
-            self.only is None and (self.samples == "all" or self.objective.learns_from_student)
-        )
+        asked = isinstance(self.objective, SftObjective)
+        return self.only != "dataset" and (asked or self.objective.learns_from_student)
 
     @property
     def learns_from_dataset(self) -> bool:
@@ -323,6 +305,18 @@ class SumObjective(_Any):
                 "seq_kd is no term of a sum, since all text is the teacher's then: use it alone, or an sft term on "
                 "answers that `gkd generate` wrote with the teacher"
             )
+        return terms
+
+    @field_validator("terms")
+    @classmethod
+    def every_term_learns(cls, terms: list[SumTerm]) -> list[SumTerm]:
+        """A term adds 0 everywhere if its `samples` are text that its objective leaves out."""
+        for number, term in enumerate(terms):
+            if not (term.learns_from_student or term.learns_from_dataset):
+                raise ValueError(
+                    f"`terms.{number}` is of the {term.only}'s samples, and {term.objective.type} learns nothing from "
+                    "them: leave its `samples` at auto"
+                )
         return terms
 
     @model_validator(mode="after")

@@ -163,10 +163,10 @@ class ObjectiveOutput:
     mask_T: torch.Tensor
     """[T] bool, which tokens this objective counts: the inputs' mask or a part of it."""
     metrics_T: dict[str, torch.Tensor] = field(default_factory=dict)
-    """Name -> [T] detached values, averaged over the counted tokens of the whole batch and logged as `loss/<name>`."""
+    """Name -> [T] detached values, averaged over the counted tokens of the whole batch and logged as `loss/<name>`;
+    left out of steps that have none. The names are the same for every micro-batch."""
     partial_metrics_T: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
-    """Name -> [T] detached values and [T] bool: likewise, but averaged over these tokens alone, and left out of steps
-    that have none. The names are the same for every micro-batch."""
+    """Name -> [T] detached values and [T] bool: likewise, but of these tokens alone."""
 
 
 Staleness = Literal["robust", "corrected", "sensitive"]
@@ -213,7 +213,7 @@ class Adversary(Protocol):
         ...
 
     def loss(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
-        """What they minimise: per token, reduced like the student's loss. The inputs have no graph."""
+        """What they minimise: per token, weighted and reduced like the student's loss. The inputs have no graph."""
         ...
 
     def inner_steps(self, step: int) -> int:
@@ -234,6 +234,8 @@ class Adversary(Protocol):
 
 
 def adversaries_of(objective: Objective) -> list[Adversary]:
-    """What the objective owns: its `adversaries`, and those of its `terms` if it is a sum; most have none."""
-    own = list(getattr(objective, "adversaries", ()))
-    return own + [adversary for term in getattr(objective, "terms", ()) for adversary in adversaries_of(term)]
+    """What the objective owns: its `adversaries` where it says which, or else those of its `terms`; most have none."""
+    own = getattr(objective, "adversaries", None)
+    if own is not None:
+        return list(own)
+    return [adversary for term in getattr(objective, "terms", ()) for adversary in adversaries_of(term)]

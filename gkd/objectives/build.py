@@ -26,6 +26,7 @@ from gkd.config.objective import (
     SeqKdObjective,
     SftObjective,
     SumObjective,
+    terms_of_type,
 )
 from gkd.divergences import Divergence
 from gkd.errors import UserError
@@ -99,13 +100,15 @@ def build_objective(config: BuiltObjective, *, field: str = "objective") -> Obje
         field: where it stands in the run's config, for messages.
 
     Raises:
-        UserError: if a plug-in cannot be imported or is none, or if no teacher signal serves all parts.
+        UserError: if a plug-in cannot be imported or is none, if no teacher signal serves all parts, or if a token
+            weight is around an objective that it does not fit.
     """
     objective = _build(config, field)
     _check_teacher(objective.requires, config.compares, field)
     if config.token_weight is None:
         return objective
     at = f"{field}.token_weight"
+    _check_no_future_credit(config, config.token_weight, at)
     weight = build_token_weight(config.token_weight, temperature=config.temperature, field=at)
     _check_teacher(weight.requires, config.token_weight.needs_teacher, at)
     return WeightedTokens(objective, weight, field=field)
@@ -146,6 +149,20 @@ def _check_teacher(requires: frozenset[SignalKind], declared: bool, field: str) 
             f"does not fit the plug-in, whose `requires` is {sorted(requires)}.",
             f"Set it to {str(bool(requires)).lower()}.",
         )
+
+
+def _check_no_future_credit(config: BuiltObjective, weight: weights.TokenWeightConfig, field: str) -> None:
+    """A token's weight multiplies all that it learns, so the weights of later tokens do not reach its future credit:
+    critics that learn with weights would be believed where they learnt nothing."""
+    for matching in terms_of_type(config, MomentMatchingObjective):
+        if matching.future_credit == "mc" and matching.learns_from_student:
+            raise UserError(
+                field,
+                weight.type,
+                "weighs each token's own loss, and with `future_credit: mc` a token of moment_matching answers for "
+                "all that comes after it, whatever that weighs.",
+                "Set future_credit to none, or remove the token weight.",
+            )
 
 
 def _build_sum(config: SumObjective, field: str) -> Sum:

@@ -3,14 +3,21 @@
 Legend: T packed response tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 
 from gkd.errors import UserError
-from gkd.objectives.base import Objective, ObjectiveInputs, ObjectiveOutput, Staleness
+from gkd.objectives.base import (
+    Adversary,
+    Objective,
+    ObjectiveInputs,
+    ObjectiveOutput,
+    Staleness,
+    adversaries_of,
+)
 from gkd.signals import SPARSE, SignalKind
 
 _BY_SENSITIVITY: tuple[Staleness, ...] = ("robust", "corrected", "sensitive")
@@ -152,7 +159,8 @@ class WeightedTokens:
 
     Weights are used as they are, and the mean is still over the number of tokens: weights with the mean 1/2 halve the
     loss. Dividing by their sum would tie the micro-batches to each other. Their mean is the metric `token_weight`. A
-    weight of 0 takes a token's gradient away, but the token still counts in the mean.
+    weight of 0 takes a token's gradient away, but the token still counts in the mean. What the objective owns learns
+    with the same weights: critics and student play for one value.
     """
 
     def __init__(self, objective: Objective, weight: TokenWeight, *, field: str) -> None:
@@ -171,6 +179,7 @@ class WeightedTokens:
                 "Use another token weight.",
             )
         self.terms = (objective,)
+        self.adversaries = tuple(WeightedAdversary(adversary, weight) for adversary in adversaries_of(objective))
         self.staleness = objective.staleness
         self.needs_sampler_logprobs = objective.needs_sampler_logprobs
         self._objective = objective
@@ -182,9 +191,57 @@ class WeightedTokens:
         Raises:
             ValueError: as the objective, or if the teacher's signal is not what the weight needs.
         """
-        with torch.no_grad():
-            weight_T = self._weight(inputs).detach()
-        output = self._objective(_reweighted(inputs, weight_T))
-        # Selected and not multiplied: what weighs nothing may be infinite.
-        loss_T = torch.where(weight_T == 0, torch.zeros_like(output.loss_T), output.loss_T * weight_T)
-        return replace(output, loss_T=loss_T, metrics_T=output.metrics_T | {"token_weight": weight_T})
+        weight_T = _weight_of(self._weight, inputs)
+        output = _weighted(self._objective(_reweighted(inputs, weight_T)), weight_T)
+        return replace(output, metrics_T=output.metrics_T | {"token_weight": weight_T})
+
+
+class WeightedAdversary:
+    """An adversary whose loss is multiplied by the weights that the student's is; all else is its own."""
+
+    def __init__(self, adversary: Adversary, weight: TokenWeight) -> None:
+        self.learning_rate_multiplier = adversary.learning_rate_multiplier
+        self.weight_decay = adversary.weight_decay
+        self.grad_clip = adversary.grad_clip
+        self._adversary = adversary
+        self._weight = weight
+
+    def prepare(self, inputs: ObjectiveInputs, *, seed: int) -> None:
+        """Make the adversary's parameters."""
+        self._adversary.prepare(inputs, seed=seed)
+
+    def parameters(self) -> list[torch.nn.Parameter]:
+        """The adversary's."""
+        return self._adversary.parameters()
+
+    def loss(self, inputs: ObjectiveInputs) -> ObjectiveOutput:
+        """The weighted loss per token; its metrics have no weights but the reducer's."""
+        weight_T = _weight_of(self._weight, inputs)
+        return _weighted(self._adversary.loss(_reweighted(inputs, weight_T)), weight_T)
+
+    def inner_steps(self, step: int) -> int:
+        """The adversary's."""
+        return self._adversary.inner_steps(step)
+
+    def end_step(self, metrics: Mapping[str, float]) -> None:
+        """Tell the adversary."""
+        self._adversary.end_step(metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The adversary's: weights have no state."""
+        return self._adversary.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any], *, device: torch.device) -> None:
+        """Go on from what `state_dict` gave."""
+        self._adversary.load_state_dict(state, device=device)
+
+
+@torch.no_grad()
+def _weight_of(weight: TokenWeight, inputs: ObjectiveInputs) -> torch.Tensor:
+    return weight(inputs).detach()
+
+
+def _weighted(output: ObjectiveOutput, weight_T: torch.Tensor) -> ObjectiveOutput:
+    # Selected and not multiplied: what weighs nothing may be infinite.
+    loss_T = torch.where(weight_T == 0, torch.zeros_like(output.loss_T), output.loss_T * weight_T)
+    return replace(output, loss_T=loss_T)

@@ -35,8 +35,9 @@ class SampledKl:
     share lambda of on-policy tokens the loss is lambda times that of these tokens alone.
 
     The expectation is that of p_S at the loss temperature: exact where `rollout.temperature` is the same and `top_p` 1.
-    Ratios are at temperature 1, which is what engines record. The value is w_t times minus what the token earns: with
-    gamma 0 its mean estimates the reverse KL in nats.
+    Ratios are at temperature 1, which is what engines record: they correct for the samples' age where
+    `rollout.temperature` and `top_p` are 1. The value is w_t times minus what the token earns: with gamma 0 its mean
+    estimates the reverse KL in nats.
     """
 
     requires = ANY_LOGPROBS

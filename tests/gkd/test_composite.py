@@ -13,6 +13,7 @@ from pydantic import TypeAdapter
 
 from gkd.config.objective import ObjectiveConfig
 from gkd.errors import UserError
+from gkd.logits import FrozenLogits
 from gkd.objectives import ObjectiveOutput, build_objective
 from gkd.objectives.base import adversaries_of
 from gkd.objectives.composite import Sum, Term, WeightedTokens, term_names
@@ -179,6 +180,39 @@ def test_critics_are_found_in_sums_and_behind_weights():
     critics = {"type": "moment_matching", "token_weight": {"type": "linear_decay"}}
     objective = built(total({"objective": DISTILL}, {"objective": critics}) | {"token_weight": {"type": "advantage"}})
     assert isinstance(objective, WeightedTokens) and len(adversaries_of(objective)) == 1
+
+
+def test_critics_learn_with_the_weights_that_the_student_learns_with():
+    """Of their term and of the sum around it."""
+    inputs, _, _ = problem()
+    hidden = torch.randn(TOKENS, 3, generator=torch.Generator().manual_seed(6))
+    inputs = replace(inputs, student=FrozenLogits(inputs.student), student_hidden_TH=hidden)
+    plain = {"type": "moment_matching", "trunk": "student", "critic": {"init_scale": 0.5}}
+    inner, outer = {"type": "first_part", "fraction": 0.5}, {"type": "linear_decay", "last": 0.4}
+    whole = total({"objective": plain | {"token_weight": inner}}) | {"token_weight": outer}
+    weight_T = torch.tensor([1, 0.8, 0, 0, 1, 0.7, 0, 1, 0])
+    losses, gradients = [], []
+    for config, factor_T in ((plain, weight_T), (whole, torch.ones(TOKENS))):
+        (critics,) = adversaries_of(built(config))
+        critics.prepare(inputs, seed=0)
+        output = critics.loss(inputs)
+        assert torch.equal(output.mask_T, MASK)
+        losses.append(output.loss_T * factor_T)
+        gradients.append(torch.autograd.grad(losses[-1].sum(), critics.parameters()))
+    assert losses[0].abs().sum() > 0.01
+    torch.testing.assert_close(losses[1], losses[0])
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("around", ["it", "a sum"])
+def test_weights_do_not_go_with_credit_for_what_comes_later(around):
+    matching, weight = {"type": "moment_matching", "future_credit": "mc"}, {"token_weight": {"type": "entropy"}}
+    config = matching | weight if around == "it" else total({"objective": matching}) | weight
+    with pytest.raises(UserError, match="future_credit to none") as caught:
+        built(config)
+    assert (caught.value.field, caught.value.value) == ("objective.token_weight", "entropy")
+    built(total({"objective": matching}, {"objective": DISTILL | weight}))
+    built(matching | weight | {"off_policy_weight": 1.0})  # no token of the student is credited
 
 
 PLACE = [0, 1, 2, 3, 0, 1, 2, 0, 1]

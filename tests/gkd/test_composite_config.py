@@ -87,6 +87,34 @@ def test_mistakes_name_the_field_and_the_cure(objective, fraction, field, cure):
     assert caught.value.field == field
 
 
+PART = {"type": "moment_matching", "off_policy_weight": 1}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize(
+    ("samples", "objective"),
+    [
+        ("dataset", {"type": "sampled_kl"}),
+        ("dataset", {"type": "minillm"}),
+        ("student", PART),
+        ("student", total({"objective": {"type": "sft"}})),
+    ],
+)
+def test_a_term_on_text_that_it_leaves_out_is_refused(fraction, samples, objective):
+    dead = {"objective": objective, "samples": samples}
+    for terms in ([{"objective": DISTILL}, dead], [{"objective": DISTILL}, {"objective": total(dead)}]):
+        with pytest.raises(UserError, match=r"`terms\.[01]` is of the .*leave its `samples` at auto") as caught:
+            run(total(*terms), fraction=fraction)
+        assert caught.value.field == f"objective.terms{'.1.objective.terms' if terms[1] is not dead else ''}"
+    run(total({"objective": DISTILL}, {"objective": objective}))
+
+
+def test_terms_on_text_that_they_learn_from_are_accepted():
+    drawn = {"type": "sampled_kl", "estimator": "monte_carlo"}
+    for samples, objective in (("dataset", drawn), ("dataset", PART), ("student", {"type": "sft"}), ("all", PART)):
+        run(total({"objective": DISTILL}, {"objective": objective, "samples": samples}))
+
+
 def test_evaluation_and_training_share_a_signal():
     """What measures a divergence needs a distribution, also where the sampled tokens are enough to train on."""
     pg, sampled = {"type": "sampled_kl"}, SignalKind.SAMPLED_LOGPROBS

@@ -1,9 +1,11 @@
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gkd.reduce import sequence_token_weights, weighted_sum
+from gkd.reduce import metric_means, metric_sums, sequence_token_weights, weighted_sum
 
 
 def test_token_mean_is_the_mean_over_all_tokens():
@@ -64,3 +66,17 @@ def test_masked_positions_contribute_exactly_nothing():
     total.backward()
     assert total.item() == 2.0
     assert values.grad.tolist() == [0.5, 0, 0.5]
+
+
+@pytest.mark.parametrize("reduction", ["token_mean", "sequence_mean"])
+def test_metrics_are_means_over_the_tokens_that_the_objective_counts(reduction):
+    """Over several micro-batches, of which one has none; the batch's other tokens have no part in them."""
+    lengths, values = (2, 3, 1), torch.tensor([1.0, 3.0, 5.0, 7.0, float("nan"), 9.0])
+    mask = torch.tensor([True, True, True, True, False, False])
+    weights = torch.tensor(sequence_token_weights(lengths, reduction)).repeat_interleave(torch.tensor(lengths))
+    totals = Counter()
+    for span in (slice(0, 2), slice(2, 5), slice(5, 6)):
+        none = torch.zeros_like(mask[span])
+        totals.update(metric_sums({"a": values[span]}, {"b": (values[span], none)}, weights[span], mask[span]))
+    mean = {"token_mean": 4.0, "sequence_mean": (2 / 2 * 2.0 + 2 / 3 * 6.0) / (1 + 2 / 3)}[reduction]
+    assert metric_means(totals) == {"a": pytest.approx(mean)}

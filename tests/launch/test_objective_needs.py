@@ -90,6 +90,34 @@ def test_what_is_worth_knowing(tmp_path):
     assert notes(objective=RL, reward=REWARD, sync={"max_staleness": 2}) == ""
 
 
+OWN = {"type": "custom", "path": "custom_objectives:NoTeacher", "teacher": False}
+
+
+@pytest.mark.parametrize("objective", [{"type": "sampled_kl"}, {"type": "minillm"}, RL, OWN], ids=lambda o: o["type"])
+def test_ratios_of_other_distributions_than_the_samplers_are_noted(tmp_path, objective):
+    """Also where the loss is at the rollouts' temperature; in synchronous runs there is nothing to correct."""
+
+    def notes(max_staleness, *, objective=objective, **rollout):
+        given = config(
+            tmp_path,
+            objective=objective,
+            reward=REWARD,
+            data={"on_policy_fraction": 0.5},
+            rollout=rollout,
+            sync={"max_staleness": max_staleness},
+        )
+        return [note for note in objective_notes(given) if "ratios" in note]
+
+    warm = objective | {"temperature": 0.7}
+    for rollout in ({"temperature": 0.7}, {"temperature": 0.7, "top_p": 0.9}):
+        (note,) = notes(2, objective=warm, **rollout)
+        assert f"= 2: {objective['type']} weights" in note and "sync.max_staleness to 0 (docs/STALENESS.md)" in note
+        assert not notes(0, objective=warm, **rollout)
+    (nested,) = notes(1, objective={"type": "sum", "terms": [{"objective": KL}, {"objective": warm}]}, top_p=0.9)
+    assert f"{objective['type']} weights" in nested
+    assert not notes(2) and not notes(2, objective=warm) and not notes(2, objective=KL, temperature=0.7)
+
+
 def test_the_reward_function_has_a_place_and_no_gpu(tmp_path):
     given = config(tmp_path, reward=REWARD)
     places = {place.worker: place for place in needed_places(given)}

@@ -6,6 +6,8 @@ from tiny import make_config
 
 from gkd.config.objective import DistillObjective, RlGkdObjective, SeqKdObjective, SftObjective, SumObjective
 from gkd.errors import UserError
+from gkd.objectives import build_objective
+from gkd.objectives.composite import WeightedTokens
 from launch.self_test import self_test
 
 KINDS = [
@@ -45,6 +47,17 @@ def test_what_measures_a_divergence_beside_something_else_passes(tmp_path):
         terms = [{"objective": {"type": "sft"}}, {"objective": rewarded}, {"objective": {"type": "minillm"}}]
         whole = SumObjective.model_validate({"type": "sum", "reduction": "sequence_mean", "terms": terms})
         assert self_test(path, whole, field="student.model") is None
+
+
+def test_token_weights_may_read_what_the_test_does_not_have(tmp_path):
+    path = save(tmp_path, make_config("llama"))
+    weight = {"token_weight": {"type": "custom", "path": "custom_objectives:by_all_inputs", "teacher": True}}
+    weighted = distill(KINDS[0], **weight)
+    assert isinstance(build_objective(weighted), WeightedTokens)  # its own trial has it all
+    assert self_test(path, weighted, field="student.model") is None
+    terms = [{"objective": weighted.model_dump()}, {"objective": {"type": "sft"}}]
+    whole = SumObjective.model_validate({"type": "sum", "terms": terms} | weight)
+    assert self_test(path, whole, field="student.model") is None
 
 
 def test_what_is_random_elsewhere_stays_as_it_was(tmp_path):

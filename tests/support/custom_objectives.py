@@ -85,6 +85,16 @@ def by_teacher(inputs):
 by_teacher.requires = {"full_logits", "hidden_states"}
 
 
+def by_all_inputs(inputs):
+    """A token weight that reads what only some runs have."""
+    teacher_TH = inputs.teacher.hidden(slice(0, len(inputs.mask_T)))
+    rewards_T = inputs.rewards_N.repeat_interleave(torch.tensor(inputs.lengths))
+    return rewards_T + inputs.sampler_logprobs_T.exp() + (inputs.student_hidden_TH - teacher_TH).abs().mean(-1)
+
+
+by_all_inputs.requires = {"hidden_states"}
+
+
 def one_weight(inputs):
     return torch.tensor(1.0)
 

@@ -135,7 +135,7 @@ def test_every_step_says_what_was_matched_and_the_bound_holds(model, teacher):
     assert report.loss == pytest.approx((off * found["d_off"] + on * found["d_on"]) / (off + on) / 2, rel=1e-4)
 
 
-@pytest.mark.parametrize("zero_stage", [0, 2, 3])
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 def test_a_saved_student_goes_on_bit_for_bit_and_its_critics_too(model, teacher, zero_stage, tmp_path):
     batches = [batch(teacher, seed=seed) for seed in range(4)]
 
@@ -159,6 +159,22 @@ def test_the_students_own_states_serve_both_critics(model, teacher):
     reports, critics = trained(model, teacher, objective=objective, steps=2)
     assert [p.shape for p in critics] == [(4, 64), (ROWS, 4)] * 2
     assert reports[1].metrics["d_on"] > 0
+
+
+def test_critics_do_not_learn_from_tokens_that_weigh_nothing(model, teacher):
+    weighted = matching(inner_steps=2, token_weight={"type": "first_part", "fraction": 0.5})
+
+    def critics_after(changed=None):
+        student, samples = student_of(model, teacher, objective=weighted), batch(teacher)
+        if changed is not None:
+            for sample in samples[2:4]:  # one of each side, of more than one token
+                sample.signal.hidden_TH[changed] += 1
+        step(student, 1, samples)
+        return critics_of(student)
+
+    expected = critics_after()
+    assert all(torch.equal(a, b) for a, b in zip(critics_after(changed=-1), expected, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(critics_after(changed=0), expected, strict=True))
 
 
 def test_a_sum_trains_its_terms_critics(model, teacher):
