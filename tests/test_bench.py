@@ -1,7 +1,14 @@
 """`make bench`: what it keeps of its parts, and the syncs that it takes from the timelines of runs."""
 
-import pytest
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
+import pytest
+import typer
+
+from benchmarks import __main__ as bench
 from benchmarks import sync_runs
 from gkd.config import parse_config
 
@@ -43,3 +50,75 @@ def test_the_parts_of_a_sync_are_each_taken_from_one_lane():
     head, _, row = sync_runs.table([{"way": "all weights", "bytes": 2e6} | first])
     assert row == "| all weights | 2.0 | 3.000 | 2.000 | 0.500 | 0.875 | 0.500 | 0.250 |"
     assert head.count("|") == row.count("|")
+
+
+@pytest.fixture
+def parts(tmp_path, monkeypatch):
+    """Parts that measure a number each, in the place of the real ones; None has a part fail."""
+    numbers = {"drawn": 1, "broken": None, "plain": 3}
+
+    def run(command, *, check):
+        part, output = command[2].removeprefix("benchmarks."), Path(command[4])
+        if numbers[part] is None:
+            return SimpleNamespace(returncode=1)
+        output.write_text(json.dumps({"number": numbers[part]}), encoding="utf-8")
+        return SimpleNamespace(returncode=0)
+
+    def table(found):
+        return [f"| {found['number']} |"]
+
+    def plot(found, path):
+        path.write_text(f"a picture of {found['number']}", encoding="utf-8")
+
+    monkeypatch.setattr(bench.subprocess, "run", run)
+    monkeypatch.setattr(bench, "PARTS", tuple(numbers))
+    monkeypatch.setitem(sys.modules, "benchmarks.drawn", SimpleNamespace(table=table, plot=plot))
+    for part in ("broken", "plain"):
+        monkeypatch.setitem(sys.modules, f"benchmarks.{part}", SimpleNamespace(table=table))
+    places = {"FOLDER": "out", "SUMMARY": "out/summary.json", "RECORD": "record.json"}
+    for name, path in (places | {"PAGE": "docs/page.md", "PLOTS": "docs/bench"}).items():
+        monkeypatch.setattr(bench, name, tmp_path / path)
+    bench.PAGE.parent.mkdir()
+    bench.PAGE.write_text("\n".join(f"<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in numbers))
+    return numbers
+
+
+def kept(path):
+    """Part -> the number in a summary."""
+    return {part: measured["found"]["number"] for part, measured in json.loads(path.read_text())["parts"].items()}
+
+
+def test_a_part_that_fails_costs_the_others_nothing_and_is_named(parts, capsys):
+    bench.FOLDER.mkdir()
+    (bench.FOLDER / "broken.json").write_text("of another time")
+    with pytest.raises(typer.Exit) as ended:
+        bench.main(part=None, keep=True)
+    assert ended.value.exit_code == 1 and "failed: broken\n" in capsys.readouterr().out
+    assert kept(bench.SUMMARY) == kept(bench.RECORD) == {"drawn": 1, "plain": 3}
+    assert not (bench.FOLDER / "broken.json").exists(), "no other part can take it for new"
+
+
+def test_what_is_known_is_written_before_the_next_part(parts, monkeypatch):
+    run_part = bench.run_part
+
+    def stopped(part):
+        if part == "plain":
+            raise KeyboardInterrupt
+        return run_part(part)
+
+    monkeypatch.setattr(bench, "run_part", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        bench.main(part=None, keep=False)
+    assert kept(bench.SUMMARY) == {"drawn": 1}
+
+
+def test_recording_one_part_keeps_what_is_recorded_of_the_others(parts):
+    """Also where they were never measured here, and without the minutes that they took."""
+    bench.RECORD.write_text(json.dumps({"parts": {part: {"found": {"number": 7}} for part in parts}}))
+    bench.main(part=["plain"], keep=True)
+    assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
+    assert kept(bench.SUMMARY) == {"plain": 3}
+    parts["drawn"] = 2
+    bench.main(part=["drawn"], keep=False)
+    assert kept(bench.SUMMARY) == {"plain": 3, "drawn": 2}
+    assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
