@@ -59,13 +59,15 @@ def record(parts: dict[str, Any]) -> None:
         module = import_module(f"benchmarks.{part}")
         lines = module.table(measured["found"])
         if hasattr(module, "plot"):
-            module.plot(measured["found"], PLOTS / f"{part}.png")
+            plot = PLOTS / f"{part}.png"
+            module.plot(measured["found"], plot)
+            lines = [f"![{part}]({plot.relative_to(PAGE.parent).as_posix()})", "", *lines]
         page = _replaced(page, part, lines)
     PAGE.write_text(page, encoding="utf-8")
 
 
 def _replaced(page: str, part: str, lines: list[str]) -> str:
-    """The page with a part's table in the place that is marked for it."""
+    """The page with a part's plot and table in the place that is marked for it."""
     begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
     before, rest = page.split(begin)
     return "\n".join([before + begin, *lines, end]) + rest.split(end)[1]

@@ -122,3 +122,12 @@ def test_recording_one_part_keeps_what_is_recorded_of_the_others(parts):
     bench.main(part=["drawn"], keep=False)
     assert kept(bench.SUMMARY) == {"plain": 3, "drawn": 2}
     assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
+
+
+def test_the_page_has_a_parts_plot_above_its_table(parts):
+    bench.main(part=["drawn", "plain"], keep=True)
+    page = bench.PAGE.read_text()
+    assert "<!-- drawn: begin -->\n![drawn](bench/drawn.png)\n\n| 1 |\n<!-- drawn: end -->\n" in page
+    assert "<!-- plain: begin -->\n| 3 |\n<!-- plain: end -->\n" in page, "it has no plot"
+    assert "<!-- broken: begin -->\nold\n<!-- broken: end -->\n" in page, "it was not measured"
+    assert (bench.PAGE.parent / "bench/drawn.png").read_text() == "a picture of 1"
