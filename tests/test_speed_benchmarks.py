@@ -1,6 +1,8 @@
 """The cases of the speed benchmarks, and what is made of figures that are known; the runs are too long for a test."""
 
 import json
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
 from gkd.signals import FullLogits, HiddenStates, SampledLogprobs, SignalKind, TopK
 from launch.signal_choice import signal_bytes
+from rollout.prompts import PromptStream
+from rollout.tokenized import TokenizedRecord
 
 TINY = cases.Case(
     name="tiny",
@@ -39,7 +43,27 @@ def test_a_case_is_read_as_it_was_written(written):
     assert [len(group) for group in groups] == [2, 2, 2]
     assert all(4 <= length <= 6 and 3 <= len(ids) <= 5 for group in groups for ids, length in group)
     config = parse_config(config_tree(written, max_staleness=1))
-    assert (config.rollout.num_actors, config.trainer.max_steps, config.rollout.max_new_tokens) == (2, 3, 6)
+    assert (config.rollout.num_actors, config.trainer.max_steps, config.rollout.max_new_tokens) == (2, 4, 6)
+
+
+def test_every_step_of_a_run_has_the_same_lengths_and_all_systems_the_same_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    case = replace(TINY, batch=8, steps=3, prompt_tokens=(3, 9), new_tokens=(4, 20))
+    cases.write_inputs(case)
+    config = parse_config(config_tree(case, max_staleness=0))
+    lines = (case.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    in_file = [tuple(int(word[1:]) for word in json.loads(line)["prompt"].split()) for line in lines]
+    records = [TokenizedRecord(index=place, prompt_ids=ids, completion=None) for place, ids in enumerate(in_file)]
+    stream = PromptStream(records, seed=config.run.seed, samples_per_prompt=1)
+    prompts = [stream.sample(number) for number in range(config.trainer.max_steps * case.batch)]
+    run = [[p.token_ids for p in prompts[at : at + case.batch]] for at in range(0, len(prompts), case.batch)]
+    assert [[ids for ids, _ in batch] for batch in cases.batches(case)] == run[:-1]
+    assert [ids for ids, _ in cases.read_prompts(case)] == list(chain(*run))
+    lengths = cases.lengths_by_prompt(case)
+    assert len(lengths) == len(lines) == 5 * 8
+    first, *others = ([(len(ids), lengths[ids]) for ids in batch] for batch in run)
+    assert others == [first] * 4 and len(set(first)) > 4
+    assert cases.new_tokens_per_step(case) == sum(length for _, length in first)
 
 
 def test_a_shape_knows_its_parameters(written):
@@ -110,7 +134,7 @@ def test_groups_carry_the_students_tokens_where_they_are_asked_for(written):
         groups = transport.rollouts(written, student_top_k=top_k)
         assert [len(group) for group in groups] == [2, 2, 2]
         members = [rollout for group in groups for rollout in group]
-        for rollout, (prompt_ids, length) in zip(members, cases.read_prompts(written), strict=True):
+        for rollout, (prompt_ids, length) in zip(members, chain(*cases.batches(written)), strict=True):
             assert rollout.prompt_ids == prompt_ids and len(rollout.response_ids) == length
             assert max(rollout.response_ids) < 17
             if top_k:
