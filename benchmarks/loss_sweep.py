@@ -4,8 +4,9 @@
     python -m benchmarks.loss_sweep --device cuda --output outputs/bench/loss_cuda.json
 
 Every point is `benchmarks/loss.py` in a process of its own, the generalised JSD with both heads (width 256) and their
-gradients. Before it counts, a few tokens go through; on GPUs, and with Liger, whose loss is compiled for its sizes, as
-many as count. It writes the points and a plot beside them, and prints the table of docs/PERFORMANCE.md.
+gradients. Before it counts, some tokens go through; on GPUs, and with Liger, whose loss is compiled for its sizes, as
+many as count. Of small points the fastest of three counts. It writes the points and a plot beside them, and prints the
+table of docs/PERFORMANCE.md.
 """
 
 import json
@@ -40,7 +41,11 @@ CPU_ROOM_BYTES = 14e9
 NAIVE_TENSORS = 3
 """Float32 tensors [T, V] that the naive way holds at once: the logits of both, and their gradient."""
 WIDTH = 256
-WARM_UP_TOKENS = 128
+WARM_UP_ELEMENTS = 2**24
+"""V x T that go through before what counts (524 tokens at V = 32,000): more than `gkd.logits` makes at once, so that a
+point that is made in chunks is warmed up in chunks."""
+REPEATED_ELEMENTS = 2**26
+"""V x T of the largest points that are measured three times: on CPUs they take a few seconds each."""
 MOST_DISAGREEMENT = 1e-3
 """Of the divergences that different ways find, relative: more would mean that they compute different things."""
 _LOSS = Path(__file__).with_name("loss.py")
@@ -118,9 +123,16 @@ def _command(point: Point, device: Device) -> list[str]:
         "device": device,
         "student-width": WIDTH,
         "teacher-width": WIDTH,
-        "warm-up": point.tokens if point.way == "liger" or device == "cuda" else WARM_UP_TOKENS,
+        "warm-up": _warm_up_tokens(point, device),
+        "repeat": 3 if point.elements <= REPEATED_ELEMENTS else 1,
     }
     return [sys.executable, str(_LOSS), "--json", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _warm_up_tokens(point: Point, device: Device) -> int:
+    if point.way == "liger" or device == "cuda":
+        return point.tokens
+    return min(point.tokens, WARM_UP_ELEMENTS // point.vocab)
 
 
 def _room_bytes(device: Device) -> float:
