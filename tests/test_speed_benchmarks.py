@@ -189,12 +189,12 @@ def test_streaming_is_compared_with_the_sum_of_the_stages_and_the_longest(tmp_pa
     speed = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0)]}
     found = overlap.measure(speed)
     (case,) = found["cases"]
-    assert case["shared_ideal_s"] == pytest.approx(0.8) and case["own_devices_ideal_s"] == pytest.approx(0.4)
+    assert case["sum_s"] == pytest.approx(0.8) and case["longest_s"] == pytest.approx(0.4)
     assert case["longest"] == "rollout" and case["gain"] == pytest.approx(1.2)
-    assert case["shared_ideal_gain"] == pytest.approx(1.5) and case["own_devices_ideal_gain"] == pytest.approx(3.0)
-    assert case["attained"] == pytest.approx(0.8) == case["gain"] / case["shared_ideal_gain"]
+    assert case["sum_gain"] == pytest.approx(1.5) and case["longest_gain"] == pytest.approx(3.0)
+    assert case["over_sum"] == pytest.approx(1.25) == case["sum_gain"] / case["gain"]
     assert case["idle"]["gkd_streaming"] == pytest.approx({"rollout": 0.4, "teacher": 0.8, "trainer": 0.5, "sync": 0.9})
     lines = overlap.table(json.loads(json.dumps(found)))
-    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 80% |")
+    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 1.25 |")
     overlap.plot(found, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").stat().st_size > 0
