@@ -30,11 +30,11 @@ TITLES: dict[Way, str] = {"chunked": "chunked", "naive": "naive", "liger": "Lige
 MOST_ELEMENTS = 152_000 * 8_192
 """V x T of the largest points."""
 GRID: dict[Device, dict[int, tuple[int, ...]]] = {
-    "cpu": {2_048: (1_024, 8_192, 32_768), 32_000: (1_024, 8_192), 152_000: (1_024, 2_048, 8_192), 256_000: (1_024,)},
+    "cpu": {2_048: (1_024, 8_192, 32_768), 32_000: (1_024, 8_192), 152_000: (1_024, 8_192), 256_000: (1_024,)},
     "cuda": dict.fromkeys((2_048, 32_000, 152_000, 256_000), (1_024, 4_096, 8_192, 32_768)),
 }
 """Vocabulary -> tokens. On CPUs so few that all of it takes minutes."""
-MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 2**29, "cuda": MOST_ELEMENTS}
+MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 2**28, "cuda": MOST_ELEMENTS}
 """V x T that Liger is run with, at most: it takes every point twice."""
 CPU_ROOM_BYTES = 14e9
 """What a point may take of the host's memory."""

@@ -6,9 +6,11 @@ from itertools import chain
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from benchmarks import growth, overlap, transport
-from benchmarks.speed import cases
+from benchmarks import growth, overlap, sync, transport
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import cases, table
 from benchmarks.speed.ours import config_tree
 from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
@@ -185,9 +187,41 @@ def a_case(name, *, on_policy_s, streaming_s):
     }
 
 
+def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path):
+    """Its row and its ratios lack the rest alone."""
+    ran = []
+
+    def run_system(case, system, *arguments):
+        ran.append((system, *arguments))
+        step_s = {("ours", "0"): 2.0, ("ours", "1"): 1.0, ("peer",): 5.0}.get(ran[-1], 0.0)
+        parts = {"rollout_s": 0.5, "teacher_s": 0.25, "train_s": 0.75, "optimizer_s": 0.5}
+        return {"step_s": step_s, "memory": {"largest": 2e9, "idle": 1e9, "peak": 1.5e9}} | parts
+
+    monkeypatch.setattr(speed, "run_system", run_system)
+    monkeypatch.setattr(speed, "write_inputs", lambda case: None)
+    on_policy = {"vs_trl": 2.5, "floor_ratio": 1.0, "largest_process_over_trl": 1.0}
+    streamed = speed.measure(TINY, Console(quiet=True))
+    assert streamed["ratios"] == on_policy | {"vs_trl_streaming": 5.0, "floor_ratio_streaming": 0.5}
+    assert sorted(ran) == [("floor",), ("ours", "0"), ("ours", "1"), ("peer",)]
+    ran.clear()
+    plain = speed.measure(replace(TINY, streams=False), Console(quiet=True))
+    assert plain["ratios"] == on_policy and sorted(ran) == [("floor",), ("ours", "0"), ("peer",)]
+    *_, first, second = table({"cases": [streamed, plain]})
+    assert first.startswith("| tiny | 5.000 | 2.000 | 1.000 | 0.500 + 0.250 + 0.750 + 0.500 | 2.50 | 1.00 |")
+    assert second == first.replace("| 1.000 |", "| - |")
+
+
+def test_the_sync_students_have_the_parameters_that_they_are_named_after():
+    for name, shape in sync.SHAPES.items():
+        assert f"{shape.parameters(sync.VOCABULARY) / 1e6:.0f}M" == name
+    assert sync.REPEAT.keys() == sync.SHAPES.keys()
+
+
 def test_streaming_is_compared_with_the_sum_of_the_stages_and_the_longest(tmp_path):
-    speed = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0)]}
-    found = overlap.measure(speed)
+    not_streamed = a_case("two", on_policy_s=1.2, streaming_s=1.0)
+    del not_streamed["gkd_streaming"]
+    recorded = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0), not_streamed]}
+    found = overlap.measure(recorded)
     (case,) = found["cases"]
     assert case["sum_s"] == pytest.approx(0.8) and case["longest_s"] == pytest.approx(0.4)
     assert case["longest"] == "rollout" and case["gain"] == pytest.approx(1.2)
