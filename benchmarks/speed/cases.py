@@ -128,8 +128,8 @@ CASES = {
             new_tokens=(16, 256),
             peer_micro_batches=2,  # whole it takes more than 22 GB
         ),
-        Case(name="fixed_2k_b16", pair=SMALL, batch=16, streams=False, warm_up=3, steps=12, **_FIXED),
-        Case(name="fixed_2k_b64", pair=SMALL, batch=64, warm_up=2, steps=8, **_FIXED),
+        Case(name="fixed_2k_b16", pair=SMALL, batch=16, streams=False, warm_up=3, steps=6, **_FIXED),
+        Case(name="fixed_2k_b64", pair=SMALL, batch=64, warm_up=2, steps=5, **_FIXED),
         Case(name="quickstart", pair=TINY, batch=32, prompt_tokens=(12, 20), new_tokens=(15, 27), warm_up=5, steps=15),
     )
 }
