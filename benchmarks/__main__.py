@@ -1,7 +1,9 @@
 """`make bench`: every measurement of speed and memory, one after the other, and what they come to.
 
-Each part is a module of its own, run in a process of its own: it writes outputs/bench/PART.json. `--record` keeps all:
-benchmarks/results/bench.json, the tables of docs/PERFORMANCE.md and the plots in docs/bench/.
+Each part is a module of its own, run in a process of its own: it writes outputs/bench/PART.json. What is known so far
+goes into outputs/bench/summary.json after each, so a part that fails costs the others nothing; it is named at the end.
+`--record` keeps all: benchmarks/results/bench.json, the tables of docs/PERFORMANCE.md and the plots in docs/bench/. Of
+parts without newer numbers, what was recorded before stays.
 """
 
 import json
@@ -28,36 +30,56 @@ SUMMARY, RECORD = FOLDER / "summary.json", Path("benchmarks/results/bench.json")
 PAGE, PLOTS = Path("docs/PERFORMANCE.md"), Path("docs/bench")
 
 
-def run_part(part: str) -> dict[str, Any]:
-    """What a part measured, and the minutes that it took.
-
-    Raises:
-        subprocess.CalledProcessError: if it failed; it has said why.
-    """
+def run_part(part: str) -> dict[str, Any] | None:
+    """What a part measured, and the minutes that it took; None if it failed, and then it has said why."""
     output, begun = FOLDER / f"{part}.json", time.monotonic()
-    subprocess.run([sys.executable, "-m", f"benchmarks.{part}", "--output", str(output)], check=True)
+    output.unlink(missing_ok=True)  # another part may read it, and must not take an older one for it
+    done = subprocess.run([sys.executable, "-m", f"benchmarks.{part}", "--output", str(output)], check=False)
+    if done.returncode:
+        return None
     found = json.loads(output.read_text(encoding="utf-8"))
     return {"found": found, "minutes": round((time.monotonic() - begun) / 60, 2)}
 
 
-def record(summary: dict[str, Any]) -> None:
-    """Numbers, tables and plots into the files that are kept."""
-    RECORD.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+def summarised(parts: dict[str, Any]) -> dict[str, Any]:
+    """What the parts come to, and the parts themselves."""
+    return headlines({name: measured["found"] for name, measured in parts.items()}) | {
+        "minutes": sum(measured.get("minutes", 0.0) for measured in parts.values()),
+        "machine": machine(),
+        "parts": parts,
+    }
+
+
+def record(parts: dict[str, Any]) -> None:
+    """Numbers, tables and plots into the files that are kept, beside those of parts that are not among these."""
+    _write(RECORD, summarised(_parts_in(RECORD) | parts))
     PLOTS.mkdir(exist_ok=True)
     page = PAGE.read_text(encoding="utf-8")
-    for part, measured in summary["parts"].items():
+    for part, measured in parts.items():
         module = import_module(f"benchmarks.{part}")
-        page = _replaced(page, part, module.table(measured["found"]))
+        lines = module.table(measured["found"])
         if hasattr(module, "plot"):
-            module.plot(measured["found"], PLOTS / f"{part}.png")
+            plot = PLOTS / f"{part}.png"
+            module.plot(measured["found"], plot)
+            lines = [f"![{part}]({plot.relative_to(PAGE.parent).as_posix()})", "", *lines]
+        page = _replaced(page, part, lines)
     PAGE.write_text(page, encoding="utf-8")
 
 
 def _replaced(page: str, part: str, lines: list[str]) -> str:
-    """The page with a part's table in the place that is marked for it."""
+    """The page with a part's plot and table in the place that is marked for it."""
     begin, end = f"<!-- {part}: begin -->", f"<!-- {part}: end -->"
     before, rest = page.split(begin)
     return "\n".join([before + begin, *lines, end]) + rest.split(end)[1]
+
+
+def _parts_in(path: Path) -> dict[str, Any]:
+    """The parts of a summary that may not be there."""
+    return json.loads(path.read_text(encoding="utf-8"))["parts"] if path.exists() else {}
+
+
+def _write(path: Path, summary: dict[str, Any]) -> None:
+    path.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 
 def main(
@@ -70,26 +92,24 @@ def main(
         raise typer.BadParameter(f"{unknown[0]} is no part: use some of {', '.join(PARTS)}")
     console = Console()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    before = json.loads(SUMMARY.read_text(encoding="utf-8"))["parts"] if part and SUMMARY.exists() else {}
-    parts: dict[str, Any] = {}
-    for name in PARTS:
-        if part and name not in part:
-            parts |= {name: before[name]} if name in before else {}
-            continue
+    parts = _parts_in(SUMMARY) if part else {}
+    failed = []
+    for name in (name for name in PARTS if not part or name in part):
         console.rule(name)
-        parts[name] = run_part(name)
-    summary = headlines({name: measured["found"] for name, measured in parts.items()})
-    summary |= {
-        "minutes": sum(measured["minutes"] for measured in parts.values()),
-        "machine": machine(),
-        "parts": parts,
-    }
-    SUMMARY.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+        measured = run_part(name)
+        if measured is None:
+            failed.append(name)
+        else:
+            parts[name] = measured
+        _write(SUMMARY, summarised(parts))
     if keep:
-        record(summary)
-    for name, value in summary.items():
+        record(parts)
+    for name, value in summarised(parts).items():
         if isinstance(value, float):
             console.print(f"{name} {value:.3g}")
+    if failed:
+        console.print(f"failed: {', '.join(failed)}")
+        raise typer.Exit(1)
 
 
 if __name__ == "__main__":

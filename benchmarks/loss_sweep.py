@@ -4,8 +4,9 @@
     python -m benchmarks.loss_sweep --device cuda --output outputs/bench/loss_cuda.json
 
 Every point is `benchmarks/loss.py` in a process of its own, the generalised JSD with both heads (width 256) and their
-gradients. Before it counts, a few tokens go through; on GPUs, and with Liger, whose loss is compiled for its sizes, as
-many as count. It writes the points and a plot beside them, and prints the table of docs/PERFORMANCE.md.
+gradients. Before it counts, some tokens go through; on GPUs, and with Liger, whose loss is compiled for its sizes, as
+many as count. Of small points the fastest of three counts. It writes the points and a plot beside them, and prints the
+table of docs/PERFORMANCE.md.
 """
 
 import json
@@ -29,18 +30,22 @@ TITLES: dict[Way, str] = {"chunked": "chunked", "naive": "naive", "liger": "Lige
 MOST_ELEMENTS = 152_000 * 8_192
 """V x T of the largest points."""
 GRID: dict[Device, dict[int, tuple[int, ...]]] = {
-    "cpu": {2_048: (1_024, 8_192, 32_768), 32_000: (1_024, 8_192), 152_000: (1_024, 2_048, 8_192), 256_000: (1_024,)},
+    "cpu": {2_048: (1_024, 8_192, 32_768), 32_000: (1_024, 8_192), 152_000: (1_024, 8_192), 256_000: (1_024,)},
     "cuda": dict.fromkeys((2_048, 32_000, 152_000, 256_000), (1_024, 4_096, 8_192, 32_768)),
 }
 """Vocabulary -> tokens. On CPUs so few that all of it takes minutes."""
-MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 2**29, "cuda": MOST_ELEMENTS}
+MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 2**28, "cuda": MOST_ELEMENTS}
 """V x T that Liger is run with, at most: it takes every point twice."""
 CPU_ROOM_BYTES = 14e9
 """What a point may take of the host's memory."""
 NAIVE_TENSORS = 3
 """Float32 tensors [T, V] that the naive way holds at once: the logits of both, and their gradient."""
 WIDTH = 256
-WARM_UP_TOKENS = 128
+WARM_UP_ELEMENTS = 2**24
+"""V x T that go through before what counts (524 tokens at V = 32,000): more than `gkd.logits` makes at once, so that a
+point that is made in chunks is warmed up in chunks."""
+REPEATED_ELEMENTS = 2**26
+"""V x T of the largest points that are measured three times: on CPUs they take a few seconds each."""
 MOST_DISAGREEMENT = 1e-3
 """Of the divergences that different ways find, relative: more would mean that they compute different things."""
 _LOSS = Path(__file__).with_name("loss.py")
@@ -118,9 +123,16 @@ def _command(point: Point, device: Device) -> list[str]:
         "device": device,
         "student-width": WIDTH,
         "teacher-width": WIDTH,
-        "warm-up": point.tokens if point.way == "liger" or device == "cuda" else WARM_UP_TOKENS,
+        "warm-up": _warm_up_tokens(point, device),
+        "repeat": 3 if point.elements <= REPEATED_ELEMENTS else 1,
     }
     return [sys.executable, str(_LOSS), "--json", *(f"--{name}={value}" for name, value in options.items())]
+
+
+def _warm_up_tokens(point: Point, device: Device) -> int:
+    if point.way == "liger" or device == "cuda":
+        return point.tokens
+    return min(point.tokens, WARM_UP_ELEMENTS // point.vocab)
 
 
 def _room_bytes(device: Device) -> float:

@@ -37,10 +37,12 @@ VOCABULARY = LARGE.vocabulary
 SHAPES = {
     "11M": LARGE.student,
     "54M": LARGE.teacher,
-    "178M": Shape(width=1024, layers=12, heads=16, key_value_heads=8),
+    "184M": Shape(width=1024, layers=12, heads=16, key_value_heads=8),
     "502M": Shape(width=1536, layers=16, heads=24, key_value_heads=12),
 }
 """Students by their parameters, with V = 32,000 and tied heads."""
+REPEAT = {"11M": 3, "54M": 3, "184M": 3, "502M": 2}
+"""How often each is measured."""
 _TIMEOUT_S = 600.0
 _NO_BATCHES = ByStep([(1, BatchRules("token_mean", None))])
 
@@ -171,7 +173,7 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
 def main(
     student: Annotated[list[str] | None, typer.Option(help="Measure these alone.")] = None,
     bucket_mib: Annotated[float, typer.Option(help="Size of a bucket.")] = SyncConfig().bucket_mib,
-    repeat: Annotated[int, typer.Option(help="Times that each is measured.")] = 3,
+    repeat: Annotated[int | None, typer.Option(help=f"Times that each is measured; if not given, {REPEAT}.")] = None,
     output: Annotated[Path, typer.Option(help="File of the numbers; the plot goes beside it.")] = FOLDER / "sync.json",
 ) -> None:
     """Measure the weight sync."""
@@ -181,7 +183,7 @@ def main(
     found = []
     with ray_session():
         for name in student or SHAPES:
-            found.append(measure_size(name, bucket_mib=bucket_mib, repeat=repeat))
+            found.append(measure_size(name, bucket_mib=bucket_mib, repeat=repeat or REPEAT[name]))
             print(f"{name}: {found[-1]['whole_s']:.3f} s, applying alone {found[-1]['apply_s']:.3f} s", flush=True)
     publish({"machine": machine(), "students": found}, output, table=table, plot=plot)
 

@@ -35,8 +35,44 @@ WAYS: dict[str, dict[str, Any]] = {
     "all weights, ZeRO 3 on 2 ranks": {"trainer": {"zero_stage": 3, "num_ranks": 2}},
 }
 """What each changes in the config."""
-_SPANS = {"transfer_s": "transfer", "load_s": "load bucket", "probe_s": "probe", "proof_s": "proof"}
-"""The intervals of the timeline that are added up."""
+_PARTS = {
+    "transfer_s": ("weight sync", {"transfer"}),
+    "gather_s": ("rank 0", {"gather"}),
+    "load_s": ("rollout 0", {"load bucket", "finish update"}),  # of an adapter, the first only keeps what came
+    "probe_s": ("weight sync", {"probe"}),
+    "proof_s": ("weight sync", {"proof"}),
+}
+"""Lane of the timeline, and the intervals in it that are added up."""
+_HEADINGS = {
+    "sync_s": "whole (s)",
+    "transfer_s": "transfer",
+    "gather_s": "of which ZeRO 3 gathers",
+    "load_s": "of which vLLM loads",
+    "probe_s": "probe",
+    "proof_s": "proof",
+}
+
+
+def config_tree(name: str, folder: Path) -> dict[str, Any]:
+    """The config of a way's run, whose outputs go to `folder`."""
+    tree: dict[str, Any] = {
+        "run": {"name": "sync", "output_dir": str(folder), "resume": "never"},
+        "student": {"model": str(_CASE.folder / "student")},
+        "teacher": {"model": str(_CASE.folder / "teacher")},
+        "data": {"train": {"path": str(_CASE.folder / "prompts.jsonl")}},
+        "rollout": {"max_new_tokens": _CASE.new_tokens[1]},
+        "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
+        "trainer": {
+            "max_steps": _CASE.warm_up + _CASE.steps,
+            "batch_size": _CASE.batch,
+            "learning_rate": 1e-4,
+            "checkpoint_every": 0,
+        },
+        "log": {"trace": True},
+    }
+    for section, values in WAYS[name].items():
+        tree[section] = tree[section] | values
+    return tree
 
 
 def measure_way(name: str) -> dict[str, Any]:
@@ -46,47 +82,40 @@ def measure_way(name: str) -> dict[str, Any]:
 
     folder = _CASE.folder / "run"
     shutil.rmtree(folder, ignore_errors=True)
-    tree: dict[str, Any] = {
-        "run": {"name": "sync", "output_dir": str(folder), "resume": "never"},
-        "student": {"model": str(_CASE.folder / "student")},
-        "teacher": {"model": str(_CASE.folder / "teacher")},
-        "data": {"train": {"path": str(_CASE.folder / "prompts.jsonl")}},
-        "rollout": {"max_new_tokens": _CASE.new_tokens[1]},
-        "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
-        "trainer": {"max_steps": _CASE.warm_up + _CASE.steps, "batch_size": _CASE.batch, "checkpoint_every": 0},
-        "log": {"trace": True},
-    }
-    for section, values in WAYS[name].items():
-        tree[section] = tree[section] | values
-    run_training(parse_config(tree), Console(quiet=True))
+    run_training(parse_config(config_tree(name, folder)), Console(quiet=True))
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     events = json.loads((folder / "trace.json").read_text(encoding="utf-8"))
-    syncs = [event for event in events if event["name"] == "sync"][_CASE.warm_up :]
-    found = {span: statistics.median(_within(events, sync, part) for sync in syncs) for span, part in _SPANS.items()}
-    return {
-        "way": name,
-        "bytes": lines[-1]["sync/bytes"],
-        "sync_s": statistics.median(sync["dur"] / 1e6 for sync in syncs),
-        **found,
-    }
+    counted = sync_parts(events)[_CASE.warm_up :]
+    seconds = {part: statistics.median(sync[part] for sync in counted) for part in _HEADINGS}
+    return {"way": name, "bytes": lines[-1]["sync/bytes"], **seconds}
 
 
-def _within(events: Sequence[dict[str, Any]], whole: dict[str, Any], part: str) -> float:
-    """Seconds of the intervals of a name that begin inside another: of the driver's and the workers' alike."""
-    return sum(
-        event["dur"] / 1e6
-        for event in events
-        if event["name"] == part and whole["ts"] <= event.get("ts", -1) <= whole["ts"] + whole["dur"]
-    )
+def sync_parts(events: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Of every sync in a timeline, in order: its seconds, and those of its parts."""
+    lanes = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+    intervals = [event for event in events if event["ph"] == "X"]
+
+    def within(sync: dict[str, Any], lane: str, names: set[str]) -> float:
+        """Seconds of the intervals that begin during a sync. Workers call some of theirs as the driver does its own."""
+        return sum(
+            event["dur"] / 1e6
+            for event in intervals
+            if lanes[event["tid"]] == lane
+            and event["name"] in names
+            and sync["ts"] <= event["ts"] <= sync["ts"] + sync["dur"]
+        )
+
+    return [
+        {"sync_s": sync["dur"] / 1e6, **{part: within(sync, *where) for part, where in _PARTS.items()}}
+        for sync in intervals
+        if sync["name"] == "sync"
+    ]
 
 
 def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each way."""
-    head = ["sync of", "MB", "whole (s)", "transfer", "of which vLLM loads", "probe", "proof"]
-    rows = [
-        [row["way"], f"{row['bytes'] / 1e6:.1f}", *(f"{row[key]:.3f}" for key in ("sync_s", *_SPANS))] for row in found
-    ]
-    return markdown(head, rows)
+    rows = [[row["way"], f"{row['bytes'] / 1e6:.1f}", *(f"{row[part]:.3f}" for part in _HEADINGS)] for row in found]
+    return markdown(["sync of", "MB", *_HEADINGS.values()], rows)
 
 
 def main(

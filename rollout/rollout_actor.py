@@ -72,7 +72,8 @@ class RolloutActor(TracedWorker):
 
     def finish_update(self, version: int) -> None:
         """They are complete."""
-        self._generator.finish_update(version)
+        with self._lane.span("finish update"):
+            self._generator.finish_update(version)
         self._update.facts["version"] = version
         self._update.end()
 

@@ -79,6 +79,16 @@ def test_a_naive_point_that_does_not_fit_is_not_run(monkeypatch):
     assert loss_sweep._measured(point, "cpu", {}) == {"left_out": "does not fit"}
 
 
+def test_what_warms_a_point_up_takes_the_path_that_is_measured():
+    for point in points("cpu"):
+        warm_up = loss_sweep._warm_up_tokens(point, "cpu")
+        at_once, warmed_up_at_once = (
+            logits.tokens_at_once(tokens, point.vocab, "cpu") for tokens in (point.tokens, warm_up)
+        )
+        assert warm_up <= point.tokens and warmed_up_at_once == at_once, point
+    assert {loss_sweep._warm_up_tokens(point, "cuda") - point.tokens for point in points("cuda")} == {0}
+
+
 def test_a_sweep_measures_every_point_in_a_process_of_its_own(monkeypatch):
     """The rows are many enough to be chunked. Liger's loss is compiled, which takes long: it has a test of its own."""
     monkeypatch.setitem(GRID, "cpu", {4_500: (1_024,)})

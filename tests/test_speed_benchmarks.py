@@ -1,17 +1,23 @@
 """The cases of the speed benchmarks, and what is made of figures that are known; the runs are too long for a test."""
 
 import json
+from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
+from rich.console import Console
 
-from benchmarks import growth, overlap, transport
-from benchmarks.speed import cases
+from benchmarks import growth, overlap, sync, transport
+from benchmarks.speed import __main__ as speed
+from benchmarks.speed import cases, table
 from benchmarks.speed.ours import config_tree
 from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
 from gkd.signals import FullLogits, HiddenStates, SampledLogprobs, SignalKind, TopK
 from launch.signal_choice import signal_bytes
+from rollout.prompts import PromptStream
+from rollout.tokenized import TokenizedRecord
 
 TINY = cases.Case(
     name="tiny",
@@ -39,7 +45,27 @@ def test_a_case_is_read_as_it_was_written(written):
     assert [len(group) for group in groups] == [2, 2, 2]
     assert all(4 <= length <= 6 and 3 <= len(ids) <= 5 for group in groups for ids, length in group)
     config = parse_config(config_tree(written, max_staleness=1))
-    assert (config.rollout.num_actors, config.trainer.max_steps, config.rollout.max_new_tokens) == (2, 3, 6)
+    assert (config.rollout.num_actors, config.trainer.max_steps, config.rollout.max_new_tokens) == (2, 4, 6)
+
+
+def test_every_step_of_a_run_has_the_same_lengths_and_all_systems_the_same_prompts(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "FOLDER", tmp_path)
+    case = replace(TINY, batch=8, steps=3, prompt_tokens=(3, 9), new_tokens=(4, 20))
+    cases.write_inputs(case)
+    config = parse_config(config_tree(case, max_staleness=0))
+    lines = (case.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    in_file = [tuple(int(word[1:]) for word in json.loads(line)["prompt"].split()) for line in lines]
+    records = [TokenizedRecord(index=place, prompt_ids=ids, completion=None) for place, ids in enumerate(in_file)]
+    stream = PromptStream(records, seed=config.run.seed, samples_per_prompt=1)
+    prompts = [stream.sample(number) for number in range(config.trainer.max_steps * case.batch)]
+    run = [[p.token_ids for p in prompts[at : at + case.batch]] for at in range(0, len(prompts), case.batch)]
+    assert [[ids for ids, _ in batch] for batch in cases.batches(case)] == run[:-1]
+    assert [ids for ids, _ in cases.read_prompts(case)] == list(chain(*run))
+    lengths = cases.lengths_by_prompt(case)
+    assert len(lengths) == len(lines) == 5 * 8
+    first, *others = ([(len(ids), lengths[ids]) for ids in batch] for batch in run)
+    assert others == [first] * 4 and len(set(first)) > 4
+    assert cases.new_tokens_per_step(case) == sum(length for _, length in first)
 
 
 def test_a_shape_knows_its_parameters(written):
@@ -110,7 +136,7 @@ def test_groups_carry_the_students_tokens_where_they_are_asked_for(written):
         groups = transport.rollouts(written, student_top_k=top_k)
         assert [len(group) for group in groups] == [2, 2, 2]
         members = [rollout for group in groups for rollout in group]
-        for rollout, (prompt_ids, length) in zip(members, cases.read_prompts(written), strict=True):
+        for rollout, (prompt_ids, length) in zip(members, chain(*cases.batches(written)), strict=True):
             assert rollout.prompt_ids == prompt_ids and len(rollout.response_ids) == length
             assert max(rollout.response_ids) < 17
             if top_k:
@@ -161,16 +187,48 @@ def a_case(name, *, on_policy_s, streaming_s):
     }
 
 
+def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path):
+    """Its row and its ratios lack the rest alone."""
+    ran = []
+
+    def run_system(case, system, *arguments):
+        ran.append((system, *arguments))
+        step_s = {("ours", "0"): 2.0, ("ours", "1"): 1.0, ("peer",): 5.0}.get(ran[-1], 0.0)
+        parts = {"rollout_s": 0.5, "teacher_s": 0.25, "train_s": 0.75, "optimizer_s": 0.5}
+        return {"step_s": step_s, "memory": {"largest": 2e9, "idle": 1e9, "peak": 1.5e9}} | parts
+
+    monkeypatch.setattr(speed, "run_system", run_system)
+    monkeypatch.setattr(speed, "write_inputs", lambda case: None)
+    on_policy = {"vs_trl": 2.5, "floor_ratio": 1.0, "largest_process_over_trl": 1.0}
+    streamed = speed.measure(TINY, Console(quiet=True))
+    assert streamed["ratios"] == on_policy | {"vs_trl_streaming": 5.0, "floor_ratio_streaming": 0.5}
+    assert sorted(ran) == [("floor",), ("ours", "0"), ("ours", "1"), ("peer",)]
+    ran.clear()
+    plain = speed.measure(replace(TINY, streams=False), Console(quiet=True))
+    assert plain["ratios"] == on_policy and sorted(ran) == [("floor",), ("ours", "0"), ("peer",)]
+    *_, first, second = table({"cases": [streamed, plain]})
+    assert first.startswith("| tiny | 5.000 | 2.000 | 1.000 | 0.500 + 0.250 + 0.750 + 0.500 | 2.50 | 1.00 |")
+    assert second == first.replace("| 1.000 |", "| - |")
+
+
+def test_the_sync_students_have_the_parameters_that_they_are_named_after():
+    for name, shape in sync.SHAPES.items():
+        assert f"{shape.parameters(sync.VOCABULARY) / 1e6:.0f}M" == name
+    assert sync.REPEAT.keys() == sync.SHAPES.keys()
+
+
 def test_streaming_is_compared_with_the_sum_of_the_stages_and_the_longest(tmp_path):
-    speed = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0)]}
-    found = overlap.measure(speed)
+    not_streamed = a_case("two", on_policy_s=1.2, streaming_s=1.0)
+    del not_streamed["gkd_streaming"]
+    recorded = {"machine": {}, "cases": [a_case("one", on_policy_s=1.2, streaming_s=1.0), not_streamed]}
+    found = overlap.measure(recorded)
     (case,) = found["cases"]
-    assert case["shared_ideal_s"] == pytest.approx(0.8) and case["own_devices_ideal_s"] == pytest.approx(0.4)
+    assert case["sum_s"] == pytest.approx(0.8) and case["longest_s"] == pytest.approx(0.4)
     assert case["longest"] == "rollout" and case["gain"] == pytest.approx(1.2)
-    assert case["shared_ideal_gain"] == pytest.approx(1.5) and case["own_devices_ideal_gain"] == pytest.approx(3.0)
-    assert case["attained"] == pytest.approx(0.8) == case["gain"] / case["shared_ideal_gain"]
+    assert case["sum_gain"] == pytest.approx(1.5) and case["longest_gain"] == pytest.approx(3.0)
+    assert case["over_sum"] == pytest.approx(1.25) == case["sum_gain"] / case["gain"]
     assert case["idle"]["gkd_streaming"] == pytest.approx({"rollout": 0.4, "teacher": 0.8, "trainer": 0.5, "sync": 0.9})
     lines = overlap.table(json.loads(json.dumps(found)))
-    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 80% |")
+    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 1.25 |")
     overlap.plot(found, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").stat().st_size > 0

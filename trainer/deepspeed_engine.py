@@ -3,7 +3,7 @@
 import os
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,6 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(
             "nccl" if torch.cuda.is_available() else "gloo", timeout=timedelta(seconds=settings.seconds_per_wait)
         )
-        self._shards_weights = settings.zero_stage == 3
         # What is frozen (the base under an adapter) is not written into checkpoints: it never changes.
         self._has_frozen = any(not p.requires_grad for p in model.parameters())
         # The learning rate is set before every step; DeepSpeed must only not see 0 here.
@@ -123,9 +122,7 @@ class DeepSpeedEngine:
             tensor.copy_(total.view_as(tensor))
 
     def gathered(self, parameters: Sequence[torch.nn.Parameter]) -> AbstractContextManager[None]:
-        """Have these parameters whole, on every rank; all ranks enter together. Changes to them are lost."""
-        if not self._shards_weights:
-            return nullcontext()
+        """Have sharded parameters whole (ZeRO 3), on every rank; all ranks enter together. Changes to them are lost."""
         import deepspeed
 
         return deepspeed.zero.GatheredParameters(list(parameters))

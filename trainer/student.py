@@ -4,6 +4,7 @@ With several ranks every method is called on all of them, in the same order: mos
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,7 +35,7 @@ from trainer.stage import Stage, StageSettings
 from trainer.step import StepReport
 from trainer.student_model import load_student, training_mode
 from trainer.teacher_source import SentSignals, StudentAsTeacher, TeacherSource
-from trainer.weights import checkpoint_weights, tied_names
+from trainer.weights import checkpoint_weights, not_sharded, tied_names
 
 _AVERAGE = "average.pt"
 """Beside DeepSpeed's state in a checkpoint: the moving average of the weights, the same on every rank."""
@@ -279,7 +280,16 @@ class Student:
 
     @property
     def _streaming(self) -> dict[str, Any]:
-        return {"gathered": self._engine.gathered, "bucket_bytes": self._settings.bucket_bytes}
+        gathered = self._gathered if self._settings.engine.zero_stage == 3 else not_sharded
+        return {"gathered": gathered, "bucket_bytes": self._settings.bucket_bytes}
+
+    @contextmanager
+    def _gathered(self, parameters: Sequence[torch.nn.Parameter]) -> Iterator[None]:
+        """The engine's `gathered`, with what the ranks send each other in the timeline."""
+        with ExitStack() as whole:
+            with self.lane.span("gather"):
+                whole.enter_context(self._engine.gathered(parameters))
+            yield
 
     def _counted(self, weights: Weights) -> Weights:
         for name, tensor in weights:

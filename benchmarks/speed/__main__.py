@@ -23,14 +23,12 @@ def measure(case: Case, console: Console) -> dict[str, Any]:
     """All systems on one case."""
     write_inputs(case)
     found: dict[str, Any] = {"case": case.name, "batch": case.batch}
-    for name, system, arguments in (
-        ("gkd", "ours", ("0",)),
-        ("gkd_streaming", "ours", ("1",)),
-        ("floor", "floor", ()),
-        ("trl", "peer", ()),
-    ):
+    systems: dict[str, tuple[str, ...]] = {"gkd": ("ours", "0"), "floor": ("floor",), "trl": ("peer",)}
+    if case.streams:
+        systems["gkd_streaming"] = ("ours", "1")
+    for name, arguments in systems.items():
         with console.status(f"{case.name}: {name}"):
-            found[name] = run_system(case, system, *arguments)
+            found[name] = run_system(case, *arguments)
     return found | {"ratios": ratios(found)}
 
 

@@ -1,4 +1,8 @@
-"""What is measured: model pairs, batches and lengths, and the files that all systems read."""
+"""What is measured: model pairs, batches and lengths, and the files that all systems read.
+
+All systems take the same prompts in the same order, which is gkd's: a run shuffles its data. Every batch has the same
+lengths, of prompts and of completions, so that all steps cost the same, whichever are counted.
+"""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -8,6 +12,10 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from gkd.config.schema import RunConfig
+from rollout.prompts import PromptStream
+from rollout.tokenized import TokenizedRecord
 
 FOLDER = Path("outputs/bench")
 READY = "ready"
@@ -85,6 +93,8 @@ class Case:
     """Steps that are."""
     peer_micro_batches: int = 1
     """Into how many TRL's batch is divided, where it does not fit into memory whole."""
+    streams: bool = True
+    """Whether a run at staleness 1 is measured beside the strictly on-policy one."""
     rollout_actors: int = 1
     """Engines of a gkd run; what it is compared with has one."""
 
@@ -92,6 +102,11 @@ class Case:
     def folder(self) -> Path:
         """Of the pair and the prompts."""
         return FOLDER / self.name
+
+    @property
+    def run_steps(self) -> int:
+        """Steps of a gkd run: one more than elsewhere, because a step's seconds end with the next one's batch."""
+        return self.warm_up + self.steps + 1
 
     @property
     def is_fixed(self) -> bool:
@@ -103,7 +118,7 @@ _FIXED: dict[str, Any] = {"prompt_tokens": (12, 12), "new_tokens": (128, 128)}
 CASES = {
     case.name: case
     for case in (
-        Case(name="fixed_32k_b16", pair=LARGE, batch=16, **_FIXED),
+        Case(name="fixed_32k_b16", pair=LARGE, batch=16, streams=False, **_FIXED),
         Case(name="fixed_32k_b32", pair=LARGE, batch=32, **_FIXED),
         Case(
             name="natural_32k_b32",
@@ -113,9 +128,9 @@ CASES = {
             new_tokens=(16, 256),
             peer_micro_batches=2,  # whole it takes more than 22 GB
         ),
-        Case(name="fixed_2k_b16", pair=SMALL, batch=16, warm_up=3, steps=12, **_FIXED),
-        Case(name="fixed_2k_b64", pair=SMALL, batch=64, warm_up=2, steps=8, **_FIXED),
-        Case(name="quickstart", pair=TINY, batch=32, prompt_tokens=(12, 20), new_tokens=(15, 27), warm_up=5, steps=30),
+        Case(name="fixed_2k_b16", pair=SMALL, batch=16, streams=False, warm_up=3, steps=6, **_FIXED),
+        Case(name="fixed_2k_b64", pair=SMALL, batch=64, warm_up=2, steps=5, **_FIXED),
+        Case(name="quickstart", pair=TINY, batch=32, prompt_tokens=(12, 20), new_tokens=(15, 27), warm_up=5, steps=15),
     )
 }
 
@@ -128,12 +143,23 @@ def write_inputs(case: Case) -> None:
     write_model(case.folder / "student", pair.student, pair.vocabulary)
     write_model(case.folder / "teacher", pair.teacher, pair.vocabulary)
     random = np.random.default_rng(0)
-    with (case.folder / "prompts.jsonl").open("w", encoding="utf-8") as file:
-        for _ in range(case.batch * (case.warm_up + case.steps)):
-            ids = random.integers(2, pair.vocabulary, random.integers(case.prompt_tokens[0], case.prompt_tokens[1] + 1))
-            length = int(random.integers(case.new_tokens[0], case.new_tokens[1] + 1))
-            record = {"prompt": " ".join(f"w{i}" for i in ids), "new_tokens": length}
-            file.write(json.dumps(record) + "\n")
+    of_prompts, of_completions = (
+        random.integers(shortest, longest + 1, case.batch).tolist()
+        for shortest, longest in (case.prompt_tokens, case.new_tokens)
+    )
+    lines = [""] * (case.batch * case.run_steps)
+    for number, place in enumerate(_order(len(lines))):
+        ids = random.integers(2, pair.vocabulary, of_prompts[number % case.batch])
+        record = {"prompt": " ".join(f"w{i}" for i in ids), "new_tokens": of_completions[number % case.batch]}
+        lines[place] = json.dumps(record) + "\n"
+    (case.folder / "prompts.jsonl").write_text("".join(lines), encoding="utf-8")
+
+
+def _order(num_prompts: int) -> list[int]:
+    """Places in a file of so many prompts, in the order in which a gkd run takes them."""
+    records = [TokenizedRecord(index=place, prompt_ids=(), completion=None) for place in range(num_prompts)]
+    stream = PromptStream(records, seed=RunConfig.model_fields["seed"].default, samples_per_prompt=1)
+    return [stream.sample(number).id.prompt_index for number in range(num_prompts)]
 
 
 def write_model(folder: Path, shape: Shape, vocabulary: int) -> None:
@@ -171,9 +197,9 @@ def read_case(folder: Path) -> Case:
 
 
 def read_prompts(case: Case) -> list[tuple[tuple[int, ...], int]]:
-    """(token ids, length of the completion) of every prompt, in the file's order."""
+    """(token ids, length of the completion) of every prompt, in the order in which they are taken."""
     lines = (case.folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
-    records = [json.loads(line) for line in lines]
+    records = [json.loads(lines[place]) for place in _order(len(lines))]
     return [(tuple(int(word[1:]) for word in r["prompt"].split()), r["new_tokens"]) for r in records]
 
 
@@ -183,6 +209,11 @@ def lengths_by_prompt(case: Case) -> Mapping[tuple[int, ...], int]:
 
 
 def batches(case: Case) -> list[Sequence[tuple[tuple[int, ...], int]]]:
-    """The prompts of each step, for systems that take them in the file's order."""
+    """The prompts of each step that is measured, warm-up included."""
     prompts = read_prompts(case)
-    return [prompts[at : at + case.batch] for at in range(0, len(prompts), case.batch)]
+    return [prompts[step * case.batch :][: case.batch] for step in range(case.warm_up + case.steps)]
+
+
+def new_tokens_per_step(case: Case) -> int:
+    """How many tokens each batch is to have generated."""
+    return sum(length for _, length in batches(case)[0])

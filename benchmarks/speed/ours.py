@@ -17,7 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import ray
 from rich.console import Console
 
-from benchmarks.speed.cases import READY, Case, lengths_by_prompt, read_case
+from benchmarks.speed.cases import READY, Case, lengths_by_prompt, new_tokens_per_step, read_case
 from gkd.trace import Lane, TracedWorker
 from gkd.types import Prompt
 from launch.placement import Place
@@ -83,7 +83,7 @@ def config_tree(case: Case, *, max_staleness: int) -> dict[str, Any]:
         "rollout": {"max_new_tokens": case.new_tokens[1], "num_actors": case.rollout_actors},
         "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
         "trainer": {
-            "max_steps": case.warm_up + case.steps,
+            "max_steps": case.run_steps,
             "batch_size": case.batch,
             "learning_rate": 1e-4,
             "checkpoint_every": 0,
@@ -103,13 +103,12 @@ def measure(case: Case, *, max_staleness: int) -> dict[str, float]:
     with ray_session():
         run_training(parse_config(config_tree(case, max_staleness=max_staleness)), Console(), open_workers=open_workers)
     lines = [json.loads(line) for line in (case.folder / "gkd" / "metrics.jsonl").read_text().splitlines()]
-    counted = lines[case.warm_up : -1] or lines[-1:]  # the last step waits for no next one
-    expected = sum(lengths_by_prompt(case).values())
-    assert sum(line["tokens/generated"] for line in lines) == expected, "the lengths are settled"
+    expected = new_tokens_per_step(case)
+    assert all(line["tokens/generated"] == expected for line in lines), "lengths and order are settled"
+    counted = lines[case.warm_up :][: case.steps]
     found = {f"{name}_s": statistics.median(line[f"time/{name}_s"] for line in counted) for name in _TIMES}
     found["sync_s"] = statistics.median(line["sync/seconds"] for line in counted)
-    found["tokens"] = statistics.fmean(line["tokens/generated"] for line in counted)
-    return found | {"whole_s": time.time() - begun}
+    return found | {"tokens": float(expected), "whole_s": time.time() - begun}
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, LogitsProcessorList, TrainerCallback
 
-from benchmarks.speed.cases import READY, Case, lengths_by_prompt, read_case, read_prompts
+from benchmarks.speed.cases import READY, Case, lengths_by_prompt, new_tokens_per_step, read_case, read_prompts
 
 _PAD, _STOP = 0, 1
 
@@ -59,7 +59,7 @@ def _collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 class _Clock(TrainerCallback):
-    """When each step began and ended, and how many tokens it learnt from."""
+    """When each step began and ended."""
 
     def __init__(self) -> None:
         self.starts: list[float] = []
@@ -83,12 +83,13 @@ def measure(case: Case) -> dict[str, float]:
         AutoModelForCausalLM.from_pretrained(case.folder / name, dtype=torch.float32) for name in ("student", "teacher")
     )
     _settle(student, case)
-    clock, made = _Clock(), [0]
+    clock = _Clock()
+    made: list[int] = []
     whole = GKDTrainer.generate_on_policy_outputs
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         found = whole(*args, **kwargs)
-        made[0] += int((found[2] != -100).sum())
+        made.append(int((found[2] != -100).sum()))
         return found
 
     GKDTrainer.generate_on_policy_outputs = staticmethod(counted)
@@ -100,6 +101,7 @@ def measure(case: Case) -> dict[str, float]:
             per_device_train_batch_size=case.batch // case.peer_micro_batches,
             gradient_accumulation_steps=case.peer_micro_batches,
             max_steps=case.warm_up + case.steps,
+            train_sampling_strategy="sequential",
             learning_rate=1e-4,
             lr_scheduler_type="constant",
             lmbda=1.0,
@@ -121,7 +123,9 @@ def measure(case: Case) -> dict[str, float]:
     )
     print(READY, flush=True)
     trainer.train()
-    assert made[0] == sum(lengths_by_prompt(case).values()), "the lengths are settled"
+    steps = [sum(made[at : at + case.peer_micro_batches]) for at in range(0, len(made), case.peer_micro_batches)]
+    expected = new_tokens_per_step(case)
+    assert steps == [expected] * (case.warm_up + case.steps), "lengths and order are settled"
     seconds = [end - start for start, end in zip(clock.starts, clock.ends, strict=True)]
     return {"step_s": statistics.median(seconds[case.warm_up :]), "whole_s": time.time() - begun}
 

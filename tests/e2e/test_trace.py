@@ -12,7 +12,7 @@ from gkd.config import parse_config
 from launch.train import run_training
 
 LANES = {
-    "rollout: rollout 0": {"generate", "weight update", "load bucket", "probe", "answer"},
+    "rollout: rollout 0": {"generate", "weight update", "load bucket", "finish update", "probe", "answer"},
     "teacher: teacher 0": {"score"},
     "trainer: loop": {"wait", "train", "evaluate", "checkpoint"},
     "trainer: weight sync": {"sync", "transfer", "probe", "proof"},
@@ -97,6 +97,9 @@ def test_every_worker_has_its_lane_and_a_resumed_run_goes_on(tmp_path, models, t
     assert inside(rank, "divergence", [i for i in loop if i[2] == "evaluate"])
     assert inside(both["trainer: weight sync"], "sync", waits)
     assert inside(both["rollout: rollout 0"], "weight update", tops["trainer: weight sync"])
+    updates = [i for i in both["rollout: rollout 0"] if i[2] == "weight update"]
+    assert inside(both["rollout: rollout 0"], "load bucket", updates)
+    assert inside(both["rollout: rollout 0"], "finish update", updates)
     assert inside(both["rollout: rollout 0"], "generate", waits)  # nothing is stale here
 
     # The metrics are sums of the same intervals.
