@@ -202,9 +202,10 @@ def _logit_rows(config: Config, tokens: int, of_block: int) -> int:
 def _critic_parameters(objective: MomentMatchingObjective, sizes: Sizes) -> int:
     """Of both critics, or of the one that there is."""
     teacher = sizes.teachers[0] if sizes.teachers else sizes.student  # several are of one width
-    on_policy = teacher if objective.trunk == "own" else sizes.student
+    off_policy = teacher if objective.trunk == "teacher" else sizes.student
+    on_policy = sizes.student if objective.trunk == "student" else teacher
     weight, rank = objective.off_policy_weight, objective.critic.rank
-    widths = [sizes.student.hidden_size] * (weight > 0) + [on_policy.hidden_size] * (weight < 1)
+    widths = [off_policy.hidden_size] * (weight > 0) + [on_policy.hidden_size] * (weight < 1)
     return sum(sizes.rows * width if rank is None else rank * (sizes.rows + width) for width in widths)
 
 

@@ -94,10 +94,9 @@ def check_student(config: Config, student: ModelFacts, *, this_host: bool) -> tu
 
 
 def _check_critics(student: ModelFacts, architecture: Architecture, config: Config) -> None:
-    """Critics read the last hidden states of the student, or of the teacher that it is itself, in most settings."""
+    """Critics may read the last hidden states of the student, or of the teacher that it is itself."""
     for own in terms_of_type(config.objective, MomentMatchingObjective):
-        reads_student = own.off_policy_weight > 0 or own.trunk == "student" or not config.needs_teacher_workers
-        if reads_student and not architecture.head_alone:
+        if (own.reads_student or not config.needs_teacher_workers) and not architecture.head_alone:
             raise UserError(
                 "student.model",
                 student.path,

@@ -8,9 +8,9 @@ def _distill(fraction: float, kind: str, **options: Any) -> dict[str, Any]:
     return {"objective": objective, "data": {"on_policy_fraction": fraction, "mixing": "per_sample"}}
 
 
-def _moments(off_policy_weight: float) -> dict[str, Any]:
+def _moments(off_policy_weight: float, trunk: str = "teacher") -> dict[str, Any]:
     """Moment matching without an anchor; the samples are those that its sides need."""
-    matching = {"type": "moment_matching", "off_policy_weight": off_policy_weight}
+    matching = {"type": "moment_matching", "off_policy_weight": off_policy_weight, "trunk": trunk}
     return {"objective": matching, "data": {"on_policy_fraction": 1 - off_policy_weight, "mixing": "per_sample"}}
 
 
@@ -46,6 +46,8 @@ OTHERS: dict[str, dict[str, Any]] = {
     "amm_off": _moments(1.0),
     "amm_on": _moments(0.0),
     "amm_both": _moments(0.5),
+    "amm_off_own": _moments(1.0, "own"),
+    "amm_both_own": _moments(0.5, "own"),
     "sampled_reverse_kl": {"objective": {"type": "sampled_kl"}, "data": {"on_policy_fraction": 1.0}},
     "rl_gkd_0.75": _rewarded(0.75),
     "rl_gkd_0.5": _rewarded(0.5),
@@ -73,6 +75,8 @@ TITLES = {
     "amm_off": "moment matching, off-policy",
     "amm_on": "moment matching, on-policy",
     "amm_both": "moment matching, both",
+    "amm_off_own": "moment matching, off-policy, trunk own",
+    "amm_both_own": "moment matching, both, trunk own",
     "sampled_reverse_kl": "reverse KL of sampled tokens",
     "rl_gkd_0.75": "RL + GKD, reverse KL, alpha 0.75",
     "rl_gkd_0.5": "RL + GKD, reverse KL, alpha 0.5",

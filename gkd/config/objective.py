@@ -166,9 +166,9 @@ class MomentMatchingObjective(_Shared):
     future_credit: Literal["none", "mc"] = "none"
     """Whether a token of the student is also held to account for what comes after it: `mc` follows the samples, with
     more variance; `none` takes the states as they are, as GKD does."""
-    trunk: Literal["own", "student"] = "own"
-    """What the critic of the student's text reads: the teacher's hidden states, or (`student`) the student's, as the
-    other critic does in any case."""
+    trunk: Literal["teacher", "own", "student"] = "teacher"
+    """Whose last hidden states the critics read: the teacher's, both; with `own` the critic of the dataset's text the
+    student's; with `student` both. Critics on the student's own states led students astray (docs/RESULTS.md)."""
     inner_steps: Count = 1
     """Critic steps before each step of the student."""
     warmup_inner_steps: Count = 5
@@ -177,6 +177,11 @@ class MomentMatchingObjective(_Shared):
     """Steps of the student before which the critics learn `warmup_inner_steps` times."""
     critic: CriticConfig = CriticConfig()
     """The critics."""
+
+    @property
+    def reads_student(self) -> bool:
+        """Whether a critic reads the student's hidden states."""
+        return self.trunk == "student" or (self.trunk == "own" and self.off_policy_weight > 0)
 
     @property
     def learns_from_student(self) -> bool:

@@ -18,10 +18,18 @@ from gkd.objectives.moments import centred, later_gaps, moment_gap, with_future
 from gkd.seeds import derive_seed
 from gkd.signals import WHOLE_DISTRIBUTION, SignalKind
 
-Trunk = Literal["own", "student"]
-"""What the on-policy critic reads: the teacher's last hidden states, whose action value it approximates, or the
-student's, as the off-policy critic does."""
+Trunk = Literal["teacher", "own", "student"]
+"""Whose last hidden states the critics read. `teacher`: the teacher's, both. `own`: each those of the policy whose
+action value it approximates, the student's off-policy and the teacher's on-policy. `student`: the student's, both."""
 _OFF, _ON = "off", "on"
+_READ_TEACHER: dict[Trunk, frozenset[str]] = {
+    "teacher": frozenset({_OFF, _ON}),
+    "own": frozenset({_ON}),
+    "student": frozenset(),
+}
+"""Which sides' critics do. A linear critic on the student's own last hidden states h sees E[(p_T - p_S) h'] alone, and
+that is what maximum likelihood has brought to 0 (the gradient of the head): it learns noise there, and the student
+follows."""
 
 
 class Gaps(NamedTuple):
@@ -36,7 +44,7 @@ class Gaps(NamedTuple):
 
 
 class MomentCritics:
-    """f_off on the student's hidden states for the dataset's text, f_on for the student's; they maximise the gaps.
+    """f_off for the dataset's text, f_on for the student's; they maximise the gaps.
 
     Where the weight of a side is 0 it has no critic.
     """
@@ -60,7 +68,8 @@ class MomentCritics:
         self.weight_decay = weight_decay
         self.grad_clip = grad_clip
         self.weights = {_OFF: off_policy_weight, _ON: 1 - off_policy_weight}
-        self.reads_teacher = trunk == "own" and self.weights[_ON] > 0
+        self._read_teacher = frozenset(side for side in _READ_TEACHER[trunk] if self.weights[side] > 0)
+        self.reads_teacher = bool(self._read_teacher)
         self.baseline = 0.0
         """Mean sum of later gaps of the batch before: it does not depend on the samples that it is taken from."""
         self._settings = settings
@@ -166,7 +175,7 @@ class MomentCritics:
 
     def _hidden(self, side: str, inputs: ObjectiveInputs, span: slice) -> torch.Tensor:
         """[t, H] what the critic of a side reads, without a graph."""
-        if side == _ON and self.reads_teacher:
+        if side in self._read_teacher:
             if inputs.teacher is None:
                 raise ValueError("moment matching compares with a teacher, and there is no teacher signal")
             return inputs.teacher.hidden(span).detach()

@@ -228,11 +228,16 @@ def strong(critics, inputs):
     return critics.parameters()
 
 
-def twin(inputs, weights, *, beta, temperature, future, baseline):
+def read_by(inputs, trunk):
+    """Whether the token is the student's own -> the hidden states that its critic reads."""
+    student, teacher = inputs.student_hidden_TH.detach(), inputs.teacher.hidden(slice(0, TOKENS))
+    return {"own": {False: student, True: teacher}, "teacher": dict.fromkeys((False, True), teacher)}[trunk]
+
+
+def twin(inputs, weights, reads, *, beta, temperature, future, baseline):
     """The student's surrogate loss of METHODS 2.3 and the weighted gaps, token by token in float64."""
     student = inputs.student.rows(slice(0, TOKENS)).double() / temperature
     teacher = inputs.teacher.logits.rows(slice(0, TOKENS)).double() / temperature
-    reads = {False: inputs.student_hidden_TH.detach(), True: inputs.teacher.hidden(slice(0, TOKENS))}
     losses, gaps, first = [], [], 0
     for length, on in zip(LENGTHS, ON_POLICY, strict=True):
         own = range(first, first + length)
@@ -249,20 +254,20 @@ def twin(inputs, weights, *, beta, temperature, future, baseline):
     return torch.stack(losses), torch.stack(gaps)
 
 
+@pytest.mark.parametrize("trunk", ["teacher", "own"])
 @pytest.mark.parametrize("future", ["none", "mc"])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_the_students_loss_against_a_twin(future, chunk, monkeypatch):
+def test_the_students_loss_against_a_twin(trunk, future, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(logits, "_DIRECT", 0)
         monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": chunk})
     inputs = problem()
-    objective, critics = objective_of(off_policy_weight=0.3, temperature=1.7, future_credit=future)
+    objective, critics = objective_of(off_policy_weight=0.3, temperature=1.7, future_credit=future, trunk=trunk)
     off, on = strong(critics, inputs)
     critics.baseline = 0.4
     output = objective(inputs)
-    surrogate_T, gap_T = twin(
-        inputs, {False: off, True: on}, beta=0.3, temperature=1.7, future=future == "mc", baseline=0.4
-    )
+    weights, reads = {False: off, True: on}, read_by(inputs, trunk)
+    surrogate_T, gap_T = twin(inputs, weights, reads, beta=0.3, temperature=1.7, future=future == "mc", baseline=0.4)
     torch.testing.assert_close(output.loss_T.double(), gap_T, rtol=1e-4, atol=1e-6)
     weights_T = torch.linspace(0.5, 2.0, TOKENS) * inputs.mask_T
     hidden = inputs.student_hidden_TH
@@ -272,15 +277,16 @@ def test_the_students_loss_against_a_twin(future, chunk, monkeypatch):
     assert all(parameter.grad is None for parameter in (off, on))
 
 
+@pytest.mark.parametrize("trunk", ["teacher", "own"])
 @pytest.mark.parametrize("chunk", [None, 4])
-def test_the_critics_loss_against_a_twin(chunk, monkeypatch):
+def test_the_critics_loss_against_a_twin(trunk, chunk, monkeypatch):
     if chunk:
         monkeypatch.setattr(logits, "_DIRECT", 0)
         monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": chunk})
     inputs = problem()
-    _, critics = objective_of(off_policy_weight=0.3)
+    _, critics = objective_of(off_policy_weight=0.3, trunk=trunk)
     off, on = strong(critics, inputs)
-    hidden = inputs.student_hidden_TH
+    hidden, reads = inputs.student_hidden_TH, read_by(inputs, trunk)
     inputs = replace(inputs, student=FrozenLogits(inputs.student))
     weights_T = torch.linspace(0.5, 2.0, TOKENS) * inputs.mask_T
     output = critics.loss(inputs)
@@ -291,11 +297,10 @@ def test_the_critics_loss_against_a_twin(chunk, monkeypatch):
         for source in (inputs.student, inputs.teacher.logits)
     )
     on_T = torch.repeat_interleave(torch.tensor(ON_POLICY), torch.tensor(LENGTHS))
-    for index, (weight, reads, own_T, side) in enumerate(
-        [(off, hidden.detach(), ~on_T, 0.3), (on, inputs.teacher.hidden(slice(0, TOKENS)), on_T, 0.7)]
-    ):
+    for index, (weight, own_T, side) in enumerate([(off, ~on_T, 0.3), (on, on_T, 0.7)]):
         weight = weight.detach().double().requires_grad_()
-        f = torch.tanh(reads.double() @ weight.T / reads.shape[1] ** 0.5)
+        read = reads[bool(index)].double()
+        f = torch.tanh(read @ weight.T / read.shape[1] ** 0.5)
         total = -((teacher - student) * f)[own_T].sum(-1) @ (weights_T[own_T].double() * side)
         (expected,) = torch.autograd.grad(total, weight)
         torch.testing.assert_close(found[index].double(), expected, rtol=1e-4, atol=1e-6)
@@ -327,7 +332,7 @@ def test_metrics_are_of_each_sides_tokens_alone():
 @pytest.mark.parametrize(("weight", "side"), [(0.0, "on"), (1.0, "off")])
 def test_at_the_ends_there_is_one_critic(weight, side):
     inputs = problem()
-    objective, critics = objective_of(off_policy_weight=weight)
+    objective, critics = objective_of(off_policy_weight=weight, trunk="own")
     (parameter,) = strong(critics, inputs)
     assert parameter.shape == (ROWS, OTHER_WIDTH if side == "on" else WIDTH)
     output = objective(inputs)
@@ -339,9 +344,11 @@ def test_at_the_ends_there_is_one_critic(weight, side):
 
 def test_what_the_critics_read_says_which_signals_will_do():
     whole = {SignalKind.HIDDEN_STATES, SignalKind.FULL_LOGITS}
-    assert objective_of()[0].requires == {SignalKind.HIDDEN_STATES}
-    assert objective_of(trunk="student")[0].requires == whole
-    assert objective_of(off_policy_weight=1)[0].requires == whole
+    for weight in (0.0, 0.5, 1.0):
+        assert objective_of(off_policy_weight=weight)[0].requires == {SignalKind.HIDDEN_STATES}
+        assert objective_of(off_policy_weight=weight, trunk="student")[0].requires == whole
+        own = objective_of(off_policy_weight=weight, trunk="own")[0].requires
+        assert own == (whole if weight == 1 else {SignalKind.HIDDEN_STATES})
     inputs = problem()
     full = replace(inputs, teacher=WholeView(WholeLogits(inputs.teacher.logits.rows(slice(0, TOKENS)))))
     objective, critics = objective_of(trunk="student")

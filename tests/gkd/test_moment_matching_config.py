@@ -26,7 +26,7 @@ def config_of(fraction=0.5, **objective):
 
 def test_the_defaults_are_those_of_the_method():
     objective = config_of().objective
-    assert (objective.off_policy_weight, objective.future_credit, objective.trunk) == (0.5, "none", "own")
+    assert (objective.off_policy_weight, objective.future_credit, objective.trunk) == (0.5, "none", "teacher")
     assert (objective.inner_steps, objective.warmup_inner_steps, objective.warmup_steps) == (1, 5, 50)
     critic = objective.critic
     assert (critic.bound, critic.rank, critic.init_scale) == (1.0, None, 1e-3)

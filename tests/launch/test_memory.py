@@ -162,9 +162,10 @@ def test_engines_on_gpus_hold_the_prompts_in_flight():
 @pytest.mark.parametrize(
     ("changes", "parameters"),
     [
-        ({}, 100 * 10 + 100 * 20),
+        ({}, 100 * 20 * 2),
+        ({"trunk": "own"}, 100 * 10 + 100 * 20),
         ({"trunk": "student"}, 100 * 10 * 2),
-        ({"off_policy_weight": 1}, 100 * 10),
+        ({"off_policy_weight": 1, "trunk": "own"}, 100 * 10),
         ({"off_policy_weight": 0, "critic": {"rank": 3}}, 3 * (100 + 20)),
     ],
 )

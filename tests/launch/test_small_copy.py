@@ -95,9 +95,23 @@ def test_auto_sends_logits_where_hidden_states_are_not_enough_and_the_worker_can
     [
         ("llama", "bert", None, {"signal": "hidden_states"}, "teacher.model", "Set teacher.signal to full_logits"),
         ("llama", "bert", {}, {}, "teacher.model", "sent to the moment_matching objective"),
-        ("bert", "llama", {}, {}, "student.model", "critics of moment_matching read these.*another student"),
+        (
+            "bert",
+            "llama",
+            {"trunk": "own"},
+            {},
+            "student.model",
+            "critics of moment_matching read these.*another student",
+        ),
         ("bert", "llama", {"trunk": "student"}, {}, "student.model", "critics of moment_matching read these"),
-        ("bert", "llama", {"off_policy_weight": 1.0}, {}, "student.model", "critics of moment_matching read these"),
+        (
+            "bert",
+            "llama",
+            {"trunk": "own", "off_policy_weight": 1.0},
+            {},
+            "student.model",
+            "critics of moment_matching read these",
+        ),
     ],
 )
 def test_what_would_need_the_head_alone_is_refused(setup, student, teacher, objective, changes, field, words):
@@ -107,6 +121,7 @@ def test_what_would_need_the_head_alone_is_refused(setup, student, teacher, obje
     assert caught.value.field == field
 
 
-def test_critics_that_read_the_teacher_alone_do_not_mind_the_student(setup):
-    parsed = config(setup, "bert", "llama", {"off_policy_weight": 0.0})
+@pytest.mark.parametrize("objective", [{}, {"trunk": "own", "off_policy_weight": 0.0}])
+def test_critics_that_read_the_teacher_alone_do_not_mind_the_student(setup, objective):
+    parsed = config(setup, "bert", "llama", objective)
     assert check(parsed, this_host=False).sizes.signals == (SignalKind.HIDDEN_STATES,)

@@ -49,8 +49,9 @@ def matching(**changes):
 
 QUICK = matching(inner_steps=2, warmup_inner_steps=3, warmup_steps=1, future_credit="mc", critic={"init_scale": 0.3})
 
-# Here student and teacher begin as strangers, and critics that lag behind are run away from.
-FAST_CRITICS = matching(inner_steps=3, warmup_steps=10, critic={"lr_multiplier": 100})
+# Here student and teacher begin as strangers, whose heads are at no optimum, so that critics may read the student; and
+# critics that lag behind are run away from.
+FAST_CRITICS = matching(trunk="own", inner_steps=3, warmup_steps=10, critic={"lr_multiplier": 100})
 
 
 def student_of(model, teacher, *, objective=QUICK, **changes):
