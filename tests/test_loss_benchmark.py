@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -100,13 +101,16 @@ def test_a_sweep_measures_every_point_in_a_process_of_its_own(monkeypatch):
     assert chunked["peak_extra_bytes"] > 0 and naive["peak_extra_bytes"] > 0
 
 
-@pytest.mark.skipif(LIGER, reason="liger-kernel is installed")
-def test_a_way_that_cannot_run_says_so_and_ends_with_code_2(monkeypatch):
+def test_a_way_that_cannot_run_says_so_and_ends_with_code_2(monkeypatch, tmp_path):
+    """Whether or not liger-kernel is installed: one that cannot be imported is found first."""
+    missing = "No module named 'liger_kernel'"
+    (tmp_path / "liger_kernel.py").write_text(f"raise ModuleNotFoundError({missing!r})\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
     monkeypatch.setitem(GRID, "cpu", {300: (1_024, 2_048)})
     monkeypatch.setattr(loss_sweep, "TITLES", {"liger": "Liger"})
     measured = measure("cpu")
     assert [point["left_out"] for point in measured["points"]] == ["cannot run here"] * 2
-    assert "No module named 'liger_kernel'" in measured["left_out"]["liger"]
+    assert missing in measured["left_out"]["liger"]
 
 
 @pytest.mark.slow
