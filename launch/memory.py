@@ -158,7 +158,10 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     parts["logits"] = 4 * sizes.rows * _logit_rows(config, at_once, block_tokens(sizes.rows, device_type))
     if trainer.dtype == "bfloat16" and not sizes.adapter:
         parts["head's gradient"] = 4 * sizes.rows * student.hidden_size
-    heads = sum(_head_bytes(teacher, scorer, sizes) for teacher, scorer in _scorers_of(config, sizes))
+    heads = sum(
+        head_at_trainer(*scorer, rows=sizes.rows) * NUMBER_BYTES[teacher.dtype]
+        for teacher, scorer in _scorers_of(config, sizes)
+    )
     if heads:
         parts["teachers' heads"] = heads
     if config.needs_teacher and any(teacher.backend == "student_ema" for teacher in config.all_teachers):
@@ -252,10 +255,9 @@ def _scorers_of(config: Config, sizes: Sizes) -> list[tuple[TeacherConfig, Score
     return list(zip(config.all_teachers, zip(sizes.teachers, sizes.signals, strict=False), strict=False))
 
 
-def _head_bytes(teacher: TeacherConfig, scorer: Scorer, sizes: Sizes) -> int:
-    """Of the head that the trainer applies for a teacher; 0 where the teacher sends anything but hidden states."""
-    model, signal = scorer
-    return sizes.rows * model.hidden_size * NUMBER_BYTES[teacher.dtype] * (signal is SignalKind.HIDDEN_STATES)
+def head_at_trainer(model: Architecture, signal: SignalKind, *, rows: int) -> int:
+    """Parameters of a teacher's head that the trainer applies: V H, and 0 unless the teacher sends hidden states."""
+    return rows * model.hidden_size if signal is SignalKind.HIDDEN_STATES else 0
 
 
 def _teacher(config: Config, teacher: TeacherConfig, scorer: Scorer, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:

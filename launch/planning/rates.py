@@ -9,8 +9,7 @@ from typing import Any
 
 from gkd.config import Config, load_config
 from gkd.errors import UserError
-from gkd.signals import SignalKind
-from launch.memory import Sizes
+from launch.memory import Sizes, head_at_trainer
 from launch.planning.step_time import Stages
 from launch.planning.workload import Rates, Workload, engine_devices, split_of, teacher_devices, workload_of
 
@@ -178,9 +177,7 @@ def rates_by_arithmetic(
 def _scored_parameters(sizes: Sizes, *, scorings: int) -> tuple[int, int]:
     """Parameters that the largest teacher applies to each of its tokens, and those that the trainer applies for all
     teachers of a response token."""
-    heads = [
-        sizes.rows * model.hidden_size * (signal is SignalKind.HIDDEN_STATES)
-        for model, signal in zip(sizes.teachers, sizes.signals, strict=False)
-    ]
+    scorers = zip(sizes.teachers, sizes.signals, strict=False)
+    heads = [head_at_trainer(model, signal, rows=sizes.rows) for model, signal in scorers]
     bodies = [model.num_parameters - head for model, head in zip(sizes.teachers, heads, strict=False)]
     return max(bodies, default=0), scorings * max(heads, default=0)
