@@ -34,7 +34,7 @@ GRID: dict[Device, dict[int, tuple[int, ...]]] = {
     "cuda": dict.fromkeys((2_048, 32_000, 152_000, 256_000), (1_024, 4_096, 8_192, 32_768)),
 }
 """Vocabulary -> tokens. On CPUs so few that all of it takes minutes."""
-MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 2**28, "cuda": MOST_ELEMENTS}
+MOST_LIGER_ELEMENTS: dict[Device, int] = {"cpu": 3 * 2**26, "cuda": MOST_ELEMENTS}
 """V x T that Liger is run with, at most: it takes every point twice."""
 CPU_ROOM_BYTES = 14e9
 """What a point may take of the host's memory."""

@@ -4,7 +4,6 @@ Between two steps anything may happen: prompts go in, finished sequences come ou
 this process (a start of 2 s instead of 20-40 s, and no serialisation on the way).
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from gkd.interfaces import WeightUpdate
 from gkd.seeds import derive_seed
 from gkd.types import Prompt, Rollout, SampleId
+from rollout.vllm_environment import set_vllm_environment
 from rollout.vllm_weights import AdapterShape, AdapterWeights, FullWeights
 from rollout.weights.packed import held_modules
 
@@ -78,13 +78,7 @@ class VllmGenerator:
     """One vLLM engine with the student's current weights."""
 
     def __init__(self, settings: GeneratorSettings) -> None:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # `rollout.vllm_sampling` is a logits processor of vLLM's first model runner, the only one on CPUs.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        if settings.tensor_parallel_size > 1 and not settings.on_gpu:
-            # vLLM would give each of the engine's workers a NUMA node of its own, and most hosts have one.
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        set_vllm_environment(tensor_parallel_size=settings.tensor_parallel_size, on_gpu=settings.on_gpu)
         from vllm import EngineArgs, LLMEngine
 
         self._settings = settings

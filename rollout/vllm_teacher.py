@@ -8,7 +8,6 @@ it to rounding. So signals are made inside vLLM's workers, from the logits, by t
 Answers of a teacher are no business of this file: `rollout.vllm_generator` generates with any model.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from gkd.signals import FullLogits, SignalKind, TeacherSignal
 from gkd.sparse import sampled_signal, top_k_signal
 from gkd.types import Rollout
 from rollout.hf_teacher import TeacherSettings
+from rollout.vllm_environment import set_vllm_environment
 
 _JOB = "gkd_score"
 """Key of a request's `extra_args` that holds its `_Job`."""
@@ -84,12 +84,7 @@ class VllmTeacher:
                 f"a teacher on vLLM sends full_logits, top_k or sampled_logprobs, not {settings.teacher.signal}: set "
                 "teacher.signal, or run the teacher on transformers"
             )
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        # The worker's hook is at one place of the first model runner, the only one on CPUs: the same code everywhere.
-        os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"
-        if settings.tensor_parallel_size > 1 and not settings.on_gpu:
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        set_vllm_environment(tensor_parallel_size=settings.tensor_parallel_size, on_gpu=settings.on_gpu)
         from vllm import EngineArgs, LLMEngine
 
         self._settings = settings

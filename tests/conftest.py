@@ -1,4 +1,5 @@
 import os
+import sys
 from pathlib import Path
 
 # Ray's workers inherit the environment, not this process's sys.path.
@@ -18,3 +19,21 @@ def ray_cluster():
 
     with ray_session():
         yield
+
+
+@pytest.fixture
+def run_command_line(monkeypatch, capsys):
+    """`run_command_line(verb, *arguments)` runs `gkd` in this process: (exit code, stdout, stderr)."""
+    from launch import cli
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["gkd", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return run

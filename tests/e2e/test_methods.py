@@ -34,6 +34,21 @@ def test_critics_of_moment_matching_survive_a_resume(train):
         assert line["loss/d_off"] <= 2 * line["loss/tv_off"] + 1e-6
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_two_ranks_train_the_critics_as_one_does(train, zero_stage):
+    """They are not DeepSpeed's to share out: each rank has them whole, and their gradients are added up."""
+    changes = {"objective": {"type": "moment_matching"}, "data.on_policy_fraction": 0.5}
+    changes |= {"data.mixing": "per_sample", "trainer.tokens_per_micro_batch": 50, "trainer.max_steps": STEPS}
+    alone, _, _ = train("alone", changes | {"trainer.zero_stage": 0})
+    (metrics, _, _), (again, _, _) = run_and_resume(
+        train, "ranks", changes | {"trainer.num_ranks": 2, "trainer.zero_stage": zero_stage}
+    )
+    for name in ("loss/total", "loss/critic_loss", "loss/d_on", "loss/d_off"):
+        assert [line[name] for line in metrics] == pytest.approx([line[name] for line in alone], abs=2e-3), name
+        assert [line[name] for line in again] == pytest.approx([line[name] for line in metrics], abs=2e-3), name
+
+
 def test_a_reward_a_divergence_of_ones_own_and_sampled_tokens_in_streaming(train, tmp_path):
     """What is the user's own is in files outside the repository, found by their paths alone."""
     (tmp_path / "reward.py").write_text(REWARD, encoding="utf-8")

@@ -11,8 +11,6 @@ import pytest
 import yaml
 from tiny import CHAT_TEMPLATE, config_tree, make_chat_tokenizer, make_tokenizer, save_model, write_records
 
-from launch import cli
-
 
 @pytest.fixture(scope="module")
 def setup(tmp_path_factory):
@@ -32,7 +30,7 @@ def setup(tmp_path_factory):
 
 
 @pytest.fixture
-def gkd(setup, tmp_path, capsys, monkeypatch):
+def gkd(setup, tmp_path, run_command_line, monkeypatch):
     """`gkd(verb, *overrides)` -> (exit code, stdout, stderr), in this process; Ray must not start."""
     _, tree = setup
     config = tmp_path / "config.yaml"
@@ -45,15 +43,8 @@ def gkd(setup, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests' Ray is not this command's
 
     def run(verb, *arguments, config_file=config):
-        head = [str(config_file)] if verb in ("train", "check", "score") else []
-        monkeypatch.setattr(sys, "argv", ["gkd", verb, *head, *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        head = [config_file] if verb in ("train", "check", "score") else []
+        return run_command_line(verb, *head, *arguments)
 
     return run
 

@@ -1,12 +1,9 @@
 """Mistakes of `gkd export`, before anything is loaded; that it exports well is seen in tests/e2e/test_modes.py."""
 
-import sys
-
 import pytest
 import yaml
 from tiny import config_tree, save_model, write_records
 
-from launch import cli
 from trainer import checkpoint
 
 
@@ -38,12 +35,8 @@ def run(tmp_path_factory):
         (["run", "full/file"], "OUTPUT", "another folder"),
     ],
 )
-def test_mistakes(run, arguments, field, cure, monkeypatch, capsys):
-    folders = [str(run / argument) for argument in arguments[:2]]
-    monkeypatch.setattr(sys, "argv", ["gkd", "export", *folders, *arguments[2:]])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith(f"error: {field} = ")
+def test_mistakes(run, arguments, field, cure, run_command_line):
+    code, _, error = run_command_line("export", *(run / argument for argument in arguments[:2]), *arguments[2:])
+    assert code == 2 and error.startswith(f"error: {field} = ")
     assert cure.replace(" ", "") in error.replace("\n", "").replace(" ", "")
     assert not (run / "out").exists()

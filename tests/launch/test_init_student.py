@@ -2,7 +2,7 @@
 
 import io
 import json
-import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,6 @@ from tiny import EOS, make_config, make_tokenizer, save_model
 
 from gkd.config import load_config
 from gkd.version import __version__
-from launch import cli
 from launch.check import run_check
 from launch.models import read_model
 
@@ -42,20 +41,9 @@ def teacher(tmp_path_factory):
 
 
 @pytest.fixture
-def init_student(monkeypatch, capsys):
+def init_student(run_command_line):
     """`init_student(*arguments)` -> (exit code, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["gkd", "init-student", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return run
+    return partial(run_command_line, "init-student")
 
 
 def load(folder):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refusals import refused
 
 from gkd.config import dump_config, load_config, parse_config
 from gkd.errors import NotBuiltYet, UserError
@@ -168,10 +169,8 @@ BAD = [
 
 @pytest.mark.parametrize(("override", "field", "cure"), BAD, ids=[case[0] for case in BAD])
 def test_a_mistake_names_the_field_and_the_cure(minimal, override, field, cure):
-    with pytest.raises(UserError) as caught:
+    with refused(field, cure):
         load_config(minimal, [override])
-    assert caught.value.field == field
-    assert cure.lower() in str(caught.value).lower()
 
 
 def test_evaluation_needs_something_to_evaluate_on(minimal):

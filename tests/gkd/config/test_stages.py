@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import yaml
+from refusals import refused
 
 from gkd.config import dump_config, load_config, parse_config
 from gkd.errors import UserError
@@ -119,10 +120,8 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("changes", "field", "text"), MISTAKES, ids=[f"{m[1]}-{i}" for i, m in enumerate(MISTAKES)])
 def test_a_mistake_is_named_by_its_stage(changes, field, text):
-    with pytest.raises(UserError) as caught:
+    with refused(field, text):
         parse_config(tree(*changes))
-    assert caught.value.field == field
-    assert text.lower() in str(caught.value).lower()
 
 
 @pytest.mark.parametrize(("written", "steps"), [('"2"', 2), ("1.0e+3", 1000)])
@@ -179,10 +178,8 @@ WITH_A_WRITER = [
 
 @pytest.mark.parametrize(("changes", "field", "text"), WITH_A_WRITER, ids=[m[1] for m in WITH_A_WRITER])
 def test_what_a_writer_needs_is_checked_in_its_stage(changes, field, text):
-    with pytest.raises(UserError) as caught:
+    with refused(field, text):
         parse_config(tree(SEQ_KD, *changes))
-    assert caught.value.field == field
-    assert text.lower() in str(caught.value).lower()
 
 
 def test_greedy_text_of_one_stage_does_not_forbid_samples_in_another():

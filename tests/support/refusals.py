@@ -1,0 +1,17 @@
+"""What a test asks of a refused config."""
+
+from contextlib import contextmanager
+
+import pytest
+
+from gkd.errors import UserError
+
+
+@contextmanager
+def refused(field, says):
+    """What is done within ends in one error, of this field, that says so (in whichever case)."""
+    with pytest.raises(UserError) as caught:
+        yield
+    assert caught.value.field == field
+    assert says.lower() in str(caught.value).lower()
+    assert "more after this" not in str(caught.value)
