@@ -15,8 +15,15 @@ OPERANDS = (10, 10)
 """All chain sums are of one length: they differ in nothing but what is to be worked out."""
 TEACHER_PROBLEMS, HELD_OUT_PROBLEMS = 60_000, 1_000
 TEST_PROBLEMS = 2_000
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
-"""Shape of a student that does not get as good as its teacher, however much it learns."""
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 1,
+    "head_dim": 32,  # vLLM runs none that are smaller on CPUs
+    "intermediate_size": 24,
+}
+"""Shape of a student that is nearly too small for the task: 5,000 steps of maximum likelihood, annealed, bring it to an
+exact match of .886; with a hidden layer of 48 it is .989, with one of 16 .001 (one student each)."""
 SLIP = 0.06
 """Of the setting noisy: the share of running totals that are off by one; what follows goes on from there."""
 
@@ -78,7 +85,7 @@ SETTINGS = {
     "clean": Setting(task=CHAIN_SUM, examples=600, warm_steps=600),
     "noisy": Setting(task=CHAIN_SUM, examples=1_000, warm_steps=600, slip=SLIP),
     "sorting": Setting(task=SORTING, examples=100, warm_steps=100),
-    "small": Setting(task=CHAIN_SUM, examples=20_000, warm_steps=2_000, student="small"),
+    "small": Setting(task=CHAIN_SUM, examples=20_000, warm_steps=5_000, student="small"),
 }
 
 
