@@ -69,6 +69,16 @@ def test_differences_are_between_runs_of_one_start() -> None:
     assert summary(results)["runs"] == 7
 
 
+def test_in_equal_time_the_second_method_has_more_steps() -> None:
+    results = [_result(_cell("gkd_jsd_0.5", 0), 0.6, warm="0")]
+    results += [
+        _result(replace(_cell("sft", 0), steps=steps), done, warm="0") for steps, done in ((100, 0.5), (700, 0.9))
+    ]
+    numbers = summary(results)
+    (at_equal_steps,), (in_equal_time,) = numbers["differences"], numbers["differences_in_equal_time"]
+    assert at_equal_steps["mean"] == pytest.approx(0.1) and in_equal_time["mean"] == pytest.approx(-0.3)
+
+
 def test_a_relation_may_be_to_the_warm_start() -> None:
     assert {name for pair in (*ACCURACY, *RELATIONS) for name in (pair.first, pair.second)} <= {*METHODS, WARM}
     result = _result(_cell("amm_both", 0), 0.5)

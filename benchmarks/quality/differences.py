@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from benchmarks.quality.plan import STEPS
+from benchmarks.quality.plan import STEPS, TIMED
 from benchmarks.quality.results import Result
 from benchmarks.quality.task import SETTINGS
 
@@ -43,6 +43,14 @@ ACCURACY = (
     Comparison(first="gkd_jsd_0.5", second="sft"),
 )
 """Of exact match."""
+IN_EQUAL_TIME = (
+    Comparison(first="gkd_jsd_0.5", second="sft"),
+    Comparison(first="gkd_reverse_kl", second="sft"),
+    Comparison(first="gkd_jsd_0.5", second="kd"),
+    Comparison(first="gkd_reverse_kl", second="kd"),
+    Comparison(first="gkd_jsd_0.5", second="seq_kd"),
+)
+"""Of exact match, where the second method of each has the steps that fit the first one's time."""
 
 _NEARER = "on-policy text brings the student nearer to its teacher where it walks itself"
 _MENDED = "what to do after a mistake of one's own is learnt from text that has such mistakes"
@@ -121,16 +129,16 @@ class Difference:
     """Warm starts that both began with."""
 
 
-def differences(results: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Difference]:
-    """Of every comparison that has students, at equal steps. A student of several teachers counts once, by its mean."""
+def differences(runs: Sequence[Result], comparisons: Sequence[Comparison]) -> list[Difference]:
+    """Of every comparison that has students in these runs. One of several teachers counts once, by its mean."""
     found = []
     for setting in SETTINGS:
         for comparison in comparisons:
-            first = _by_start(results, setting, comparison.first, comparison.metric)
+            first = _by_start(runs, setting, comparison.first, comparison.metric)
             if comparison.second == WARM:
-                second = _by_start(results, setting, comparison.first, comparison.metric, warm=True)
+                second = _by_start(runs, setting, comparison.first, comparison.metric, warm=True)
             else:
-                second = _by_start(results, setting, comparison.second, comparison.metric)
+                second = _by_start(runs, setting, comparison.second, comparison.metric)
             of_student: dict[str, list[float]] = {}
             for warm, teacher in sorted(first.keys() & second.keys()):
                 of_student.setdefault(warm, []).append(first[warm, teacher] - second[warm, teacher])
@@ -144,13 +152,22 @@ def equal_steps(results: Sequence[Result]) -> list[Result]:
     return [result for result in results if result.cell.split == "test" and result.cell.steps == STEPS]
 
 
+def equal_time(results: Sequence[Result]) -> list[Result]:
+    """Test runs that take as long as on-policy ones: with more steps where a step is shorter."""
+    return [
+        result
+        for result in results
+        if result.cell.split == "test" and (result.cell.steps != STEPS) == (result.cell.method in TIMED)
+    ]
+
+
 def _by_start(
-    results: Sequence[Result], setting: str, method: str, metric: str, *, warm: bool = False
+    runs: Sequence[Result], setting: str, method: str, metric: str, *, warm: bool = False
 ) -> dict[tuple[str, str], float]:
     """(weights of the warm start, of the teacher) -> the metric, after the run or of the warm start."""
     return {
         (result.warm, result.teacher): (result.before if warm else result.after)[metric]
-        for result in equal_steps(results)
+        for result in runs
         if (result.cell.setting, result.cell.method) == (setting, method) and metric in result.after
     }
 

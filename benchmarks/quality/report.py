@@ -7,7 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quality.differences import ACCURACY, RELATIONS, WARM, differences, equal_steps
+from benchmarks.quality.differences import (
+    ACCURACY,
+    IN_EQUAL_TIME,
+    RELATIONS,
+    WARM,
+    differences,
+    equal_steps,
+    equal_time,
+)
 from benchmarks.quality.methods import TITLES
 from benchmarks.quality.plan import chosen_rate
 from benchmarks.quality.plots import plot
@@ -35,8 +43,12 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
             | {name: statistics.median(m.metrics[name] for m in members) for name in ("tokens", "train_s", "step_s")}
         )
     compared = {
-        name: [asdict(pair) for pair in differences(results, comparisons) if _is_measured(pair.setting, pair.metric)]
-        for name, comparisons in (("differences", ACCURACY), ("relations", RELATIONS))
+        name: [asdict(pair) for pair in differences(runs, comparisons) if _is_measured(pair.setting, pair.metric)]
+        for name, runs, comparisons in (
+            ("differences", equal_steps(results), ACCURACY),
+            ("differences_in_equal_time", equal_time(results), IN_EQUAL_TIME),
+            ("relations", equal_steps(results), RELATIONS),
+        )
     }
     rates = {method: rate for method in TITLES if (rate := chosen_rate(results, method)) is not None}
     return {"runs": len(results), "learning_rates": rates, "methods": rows} | compared
@@ -53,6 +65,11 @@ _COLUMNS = {
 }
 _STEPWISE = {"whole_match": "whole trace right", "sampled_recovered": "right after a mistake, samples"}
 """Where an answer may be right after a mistake on the way to it."""
+
+_DIFFERENCES = {
+    "differences": "Paired differences of exact match, from one warm start",
+    "differences_in_equal_time": "The same in equal time, the second of each with more steps",
+}
 
 
 def _is_measured(setting: str, metric: str) -> bool:
@@ -94,10 +111,11 @@ def _tables(numbers: dict[str, Any]) -> str:
         lines += ["| method | steps | students | learning rate | before | " + " | ".join(titles) + " | s |"]
         lines += ["|---|---|---|---|---|" + "---|" * (len(titles) + 1)]
         lines += [_row(row) for row in sorted(rows, key=lambda row: -row["exact_match"]["mean"])] + [""]
-    if numbers["differences"]:
-        lines += ["### Paired differences of exact match, from one warm start", ""]
-        lines += ["| setting | difference | mean | 95 % interval | above 0 |", "|---|---|---|---|---|"]
-        lines += [f"| {pair['setting']} {_difference_cells(pair)}" for pair in numbers["differences"]] + [""]
+    for name, title in _DIFFERENCES.items():
+        if numbers[name]:
+            lines += [f"### {title}", ""]
+            lines += ["| setting | difference | mean | 95 % interval | above 0 |", "|---|---|---|---|---|"]
+            lines += [f"| {pair['setting']} {_difference_cells(pair)}" for pair in numbers[name]] + [""]
     if numbers["relations"]:
         lines += ["### What the methods are said to show", ""]
         lines += ["| setting | claim | metric | difference | mean | 95 % interval | above 0 | found |"]
