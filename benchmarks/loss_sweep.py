@@ -180,7 +180,7 @@ def plot(found: Found, path: Path) -> None:
                         panel.plot(*zip(*line, strict=True), style, color=colour, label=f"V = {vocab:,}, {TITLES[way]}")
             panel.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
             panel.grid(alpha=0.3)
-        axes[0].legend(fontsize="small")
+        axes[0].legend(fontsize="small", ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def main(
