@@ -90,7 +90,7 @@ def test_an_axis_changes_one_thing_and_all_meet_in_the_base():
             for shape in (case.pair.student, case.pair.teacher):
                 assert shape.width // shape.heads in (32, 64), "what vLLM knows on CPUs"
                 assert shape.heads % shape.key_value_heads == 0
-    for case, millions in zip(growth.AXES["student"], (1, 4, 11, 30), strict=True):
+    for case, millions in zip(growth.AXES["student"], (1, 4, 11), strict=True):
         student, teacher = (shape.parameters(8192) for shape in (case.pair.student, case.pair.teacher))
         assert student == pytest.approx(millions * 1e6, rel=0.1) and 3.5 < teacher / student < 4.5
 

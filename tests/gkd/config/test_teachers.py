@@ -76,7 +76,7 @@ BAD = [
 
 @pytest.mark.parametrize(("overrides", "field", "cure"), BAD, ids=[" ".join(case[0]) for case in BAD])
 def test_a_mistake_names_the_field_and_the_cure(load, overrides, field, cure):
-    with refused(field, cure):
+    with refused(field, cure, alone=True):
         load(*overrides)
 
 
