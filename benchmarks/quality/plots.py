@@ -27,9 +27,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
         return
     main = {method: members for method, members in runs.items() if method in HEADLINE or method in CONTROLS}
     heights = (0.3 * len(runs) + 1, 4.5, 4.5, 4.5)
-    figure, panels = pyplot.subplots(
-        4, 1, figsize=(10, sum(heights)), height_ratios=heights, layout="constrained", squeeze=True
-    )
+    figure, panels = pyplot.subplots(4, 1, figsize=(10, sum(heights)), height_ratios=heights, layout="constrained")
     _students(panels[0], runs)
     _positions(panels[1], main)
     _curves(panels[2], main)
