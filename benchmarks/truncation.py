@@ -3,7 +3,7 @@
 The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained
 on by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
 weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
-same data); maximum likelihood for as many steps as that distillation's FLOPs pay for; and the same shape from random
+same data); maximum likelihood for as many steps as that distillation's FLOPs pay for, with two strategies; and the same shape from random
 weights with the teacher's whole training; and, of the truncated student that was trained on, as many steps again,
 without the teacher or on-policy against it. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
 command goes on where it stopped.
@@ -39,10 +39,12 @@ STEPS = 120
 BATCH = 32
 RATE, CHAIN_RATE = 2.5e-3, 1e-3
 SEEDS = (0, 1, 2)
-STRATEGIES = ("first_k", "both_ends", "uniform", "last_k")
+STRATEGIES = ("first_k", "both_ends", "uniform", "every_other", "last_k")
+LONGER = {"equal_flops": "first_k", "both_ends_longer": "both_ends"}
+"""Methods with the steps that vanilla distillation's FLOPs pay for -> what they keep."""
 CHAIN = ("then_sft", "then_gkd")
 """Methods that go on from the student of `first_k`."""
-METHODS = ("first_k", "random", "both_ends", "uniform", "last_k", "kd", "equal_flops", *CHAIN, "scratch")
+METHODS = (*STRATEGIES, "random", "kd", *LONGER, *CHAIN, "scratch")
 RECORDS = 12_000
 """Of the teacher's data, in its order: what students train on; the one with the whole budget has all of it."""
 TESTED = 500
@@ -133,7 +135,7 @@ def _first_student(method: str, teacher: Path, seed: int, console: Console) -> P
             _put_away(run_training(parse_config(config), console), STRATEGIES[0], seed)
         return _continued(seed)
     is_random = method in ("random", "scratch")
-    strategy = method if method in STRATEGIES else STRATEGIES[0]
+    strategy = method if method in STRATEGIES else LONGER.get(method, STRATEGIES[0])
     folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else strategy)
     if not folder.is_dir():
         request = InitStudentRequest(
@@ -152,7 +154,7 @@ def _first_student(method: str, teacher: Path, seed: int, console: Console) -> P
 def _config(method: str, start: Path, teacher: Path, seed: int, ratio: float) -> dict[str, Any]:
     """Of a run of `gkd train`."""
     whole_budget = method == "scratch"
-    steps = TEACHER_STEPS if whole_budget else round(STEPS * ratio) if method == "equal_flops" else STEPS
+    steps = TEACHER_STEPS if whole_budget else round(STEPS * ratio) if method in LONGER else STEPS
     name = f"{method}-{seed}"
     config: dict[str, Any] = {
         "run": {"name": name, "seed": seed, "output_dir": str(FOLDER / "truncation" / "runs" / name)},

@@ -9,10 +9,12 @@ TITLES = {
     "first_k": "first 3 layers",
     "both_ends": "2 first, 1 last",
     "uniform": "evenly spaced (0, 2, 5)",
+    "every_other": "every other (0, 2, 4)",
     "last_k": "last 3 layers",
     "random": "random weights",
     "kd": "first 3, vanilla KD",
     "equal_flops": "first 3, the FLOPs of KD",
+    "both_ends_longer": "2 first, 1 last, the FLOPs of KD",
     "then_sft": "the first row's, as many steps again",
     "then_gkd": "the first row's, then on-policy GKD",
     "scratch": "random weights, the teacher's whole budget",
@@ -73,8 +75,8 @@ def _found(runs: Sequence[Run]) -> list[str]:
     teacher, ratio = runs[0].teacher_ce, runs[0].flop_ratio
     unit = next((run.flops for run in runs if run.method == "first_k"), runs[0].flops)
     rows = [
-        "| student | seeds | steps | FLOPs | CE before | CE after | recovered | exact match | seconds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| student | seeds | steps | FLOPs | CE before | CE after | recovered | exact match | seconds | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for method, title in TITLES.items():
         own = [run for run in runs if run.method == method]
@@ -89,6 +91,7 @@ def _found(runs: Sequence[Run]) -> list[str]:
                 f"{statistics.fmean(run.recovered for run in own):.1%}",
                 _spread(own, lambda run: run.exact_match),
                 f"{statistics.median(run.train_s for run in own):.0f}",
+                f"{statistics.median(run.tokens / run.train_s for run in own):,.0f}",
             ]
             rows.append(f"| {' | '.join(cells)} |")
     return [
@@ -130,11 +133,10 @@ def _relations(runs: Sequence[Run]) -> list[str]:
     for first, second, words, most in _EXPECTED:
         if compared := pairs(first, second):
             found.append(_compared(compared, words, most=most))
-    if chained := pairs("then_gkd", "then_sft"):
-        matches = ", ".join(f"{a.exact_match - b.exact_match:+.3f}" for a, b in chained)
-        found.append(
-            f"- On-policy GKD of the truncated student, against training on without it: {matches} in exact match."
-        )
+    for first, second, words in _ANSWERS:
+        if compared := pairs(first, second):
+            matches = ", ".join(f"{a.exact_match - b.exact_match:+.3f}" for a, b in compared)
+            found.append(f"- {words}: {matches} in exact match.")
     return found
 
 
@@ -144,10 +146,19 @@ _EXPECTED = (
     ("uniform", "last_k", "Evenly spaced layers, against the last", 0.0),
     ("both_ends", "last_k", "Layers of both ends, against the last", 0.0),
     ("first_k", "both_ends", "The first layers, against both ends", None),
+    ("equal_flops", "both_ends_longer", "The same after the longer training", None),
     ("scratch", "equal_flops", "From scratch with the whole budget, against the longer truncated run", 0.0),
 )
 """Two methods, what is compared, and the most that the first one's cross-entropy may be above the second's, in nats;
 None where nothing is expected (Jha et al. for the rest)."""
+
+_ANSWERS = (
+    ("equal_flops", "kd", "Teacher-free, against vanilla KD at equal FLOPs"),
+    ("first_k", "both_ends", "The first layers, against both ends"),
+    ("equal_flops", "both_ends_longer", "The same after the longer training"),
+    ("then_gkd", "then_sft", "On-policy GKD of the truncated student, against training on without it"),
+)
+"""Two methods whose right answers are compared, and how that is put."""
 
 
 def _compared(pairs: Sequence[tuple[Run, Run]], words: str, *, most: float | None) -> str:

@@ -49,7 +49,8 @@ def fresh_distance(
         batches: the states: prompts that the student has not learnt from, answered by the dataset or teacher
             (off-policy) and by the student (on-policy). Their logits must give the same whenever they are asked for.
         settings: of the critics; students are compared under the same.
-        trunk: what the critic of the student's samples reads.
+        trunk: whose hidden states the critics read. Under `own` those of the dataset's text read the student's, so that
+            each student is judged by a class of critics of its own; under `teacher` all are judged by one.
         temperature: divides both logits.
         learning_rate: of AdamW, without decay.
         max_steps: at which the critics stop in any case.

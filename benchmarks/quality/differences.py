@@ -84,11 +84,11 @@ RELATIONS = (
         for metric, claim in (("sampled_exact_match", _TRADED), ("reverse_kl", _PAID))
     ),
     Comparison(first="amm_both", second=WARM, metric="d_on", expected="below", claim=_LEARNT),
-    Comparison(first="amm_both", second=WARM, metric="d_off", expected="below", claim=_LEARNT),
+    Comparison(first="amm_both", second=WARM, metric="d_off_teacher", expected="below", claim=_LEARNT),
     Comparison(first="amm_on", second="amm_off", metric="d_on", expected="below", claim=_OWN_SIDE),
-    Comparison(first="amm_off", second="amm_on", metric="d_off", expected="below", claim=_OWN_SIDE),
+    Comparison(first="amm_off", second="amm_on", metric="d_off_teacher", expected="below", claim=_OWN_SIDE),
     Comparison(first="amm_both", second="amm_on", metric="d_on", claim=_CLOSE),
-    Comparison(first="amm_both", second="amm_off", metric="d_off", claim=_CLOSE),
+    Comparison(first="amm_both", second="amm_off", metric="d_off_teacher", claim=_CLOSE),
     Comparison(
         first="amm_both",
         second="kd",

@@ -39,8 +39,8 @@ def measure(folder: Path, teacher: Any, task: Task, problems: list[tuple[str, st
         `recovered` (share of right answers among completions that are not right as a whole), and as `sampled_...`
         of sampled ones; in nats per token `forward_kl`,
         `reverse_kl`, `total_variation` and `entropy` on its own sampled answers, and `dataset_...` on the right
-        completions; `reverse_kl_by_position`; `d_on` and `d_off`, the moment-matching
-        distances, and whether their critics settled.
+        completions; `reverse_kl_by_position`; and what
+        `benchmarks.quality.moments.distances` finds.
     """
     tokenizer = AutoTokenizer.from_pretrained(folder)
     student = load(folder)

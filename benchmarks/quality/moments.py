@@ -33,7 +33,9 @@ def distances(
         on_policy_B: which answers the student wrote itself.
 
     Returns:
-        `d_off` and `d_on`, in units of the critics' bound; `critics_settled`, 1 where they had learnt what they could.
+        `d_on`, and `d_off` by critics that read the student's own states, a class of functions that is each student's
+        own; `d_off_teacher` by critics that read the teacher's, one class for all. In units of the critics' bound.
+        `critics_settled`, 1 where all had learnt what they could.
     """
     states_BS = mask_BS.roll(-1, 1)  # what predicts each token of an answer is the one before it
     own, other = (_logits(model, ids_BS, states_BS) for model in (student, teacher))
@@ -47,5 +49,10 @@ def distances(
         on_policy_N=on_policy_B,
         student_hidden_TH=own.hidden_TH,
     )
-    found = fresh_distance([inputs], CriticSettings(), trunk="own")
-    return {name: found.distances[name] for name in ("d_off", "d_on")} | {"critics_settled": float(found.settled)}
+    own_states, teachers = (fresh_distance([inputs], CriticSettings(), trunk=trunk) for trunk in ("own", "teacher"))
+    return {
+        "d_on": own_states.distances["d_on"],
+        "d_off": own_states.distances["d_off"],
+        "d_off_teacher": teachers.distances["d_off"],
+        "critics_settled": float(own_states.settled and teachers.settled),
+    }

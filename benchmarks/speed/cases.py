@@ -65,7 +65,7 @@ SMALL = Pair(
     student=Shape(width=128, layers=2, heads=4, key_value_heads=2),
     teacher=Shape(width=256, layers=6, heads=8, key_value_heads=2),
 )
-"""0.66 M and 5.2 M."""
+"""0.66 M and 5.0 M."""
 TINY = Pair(
     name="tiny",
     vocabulary=17,

@@ -6,7 +6,8 @@ from gkd.divergences.closed_form import Rows, apply, through_softmax
 
 
 def total_variation(student_logits_TV: torch.Tensor, teacher_logits_TV: torch.Tensor) -> torch.Tensor:
-    """TV(T, S) = 1/2 sum |T - S| per token: symmetric, bounded, and a metric.
+    """TV(T, S) = 1/2 sum |T - S| per token: symmetric, bounded, and a metric. As a distillation loss: Wen et al.,
+    arXiv 2307.15190 (f-distill).
 
     1 - TV is the probability that a token sampled from the student is accepted in speculative decoding (arXiv
     2211.17192). Pinsker: TV <= sqrt(KL / 2), for either direction of the KL.

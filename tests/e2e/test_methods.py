@@ -1,7 +1,8 @@
 """The objectives and the forms of a teacher's signal with the real engines."""
 
+import math
+
 import pytest
-import torch
 from runs import STEPS, check_ledger, losses, run_and_resume
 from tiny import VOCABULARY
 
@@ -107,7 +108,7 @@ def test_a_few_tokens_and_the_rest_in_one_bucket(train, train_file):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"estimator": "monte_carlo"}, {"gamma": 0.9}, {"type": "minillm"}])
-def test_policy_gradients_learn(train, changes):
+def test_policy_gradients_reach_the_weights(train, changes):
     objective = {"type": "sampled_kl"} | changes
     metrics, _, _ = train("gradient", {"objective": objective, "trainer.max_steps": 2})
-    assert all(torch.isfinite(torch.tensor(line["loss/total"])) for line in metrics)
+    assert all(math.isfinite(line["loss/total"]) and line["train/grad_norm"] > 1e-4 for line in metrics)

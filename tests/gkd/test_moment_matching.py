@@ -224,14 +224,15 @@ def strong(critics, inputs):
     critics.prepare(inputs, seed=0)
     with torch.no_grad():
         for parameter in critics.parameters():
-            parameter.mul_(1000)
+            parameter.div_(parameter.std())
     return critics.parameters()
 
 
 def read_by(inputs, trunk):
     """Whether the token is the student's own -> the hidden states that its critic reads."""
     student, teacher = inputs.student_hidden_TH.detach(), inputs.teacher.hidden(slice(0, TOKENS))
-    return {"own": {False: student, True: teacher}, "teacher": dict.fromkeys((False, True), teacher)}[trunk]
+    sides = {"own": (student, teacher), "teacher": (teacher, teacher), "student": (student, student)}[trunk]
+    return dict(zip((False, True), sides, strict=True))
 
 
 def twin(inputs, weights, reads, *, beta, temperature, future, baseline):
@@ -254,7 +255,7 @@ def twin(inputs, weights, reads, *, beta, temperature, future, baseline):
     return torch.stack(losses), torch.stack(gaps)
 
 
-@pytest.mark.parametrize("trunk", ["teacher", "own"])
+@pytest.mark.parametrize("trunk", ["teacher", "own", "student"])
 @pytest.mark.parametrize("future", ["none", "mc"])
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_the_students_loss_against_a_twin(trunk, future, chunk, monkeypatch):
@@ -277,7 +278,25 @@ def test_the_students_loss_against_a_twin(trunk, future, chunk, monkeypatch):
     assert all(parameter.grad is None for parameter in (off, on))
 
 
-@pytest.mark.parametrize("trunk", ["teacher", "own"])
+def test_the_students_loss_against_a_twin_with_critics_of_a_low_rank():
+    inputs = problem()
+    objective, critics = objective_of(off_policy_weight=0.3, critic={"rank": 3})
+    strong(critics, inputs)
+    parts = critics.state_dict()["critics"]
+    off, on = (parts[side]["up_Vr"] @ parts[side]["down_rH"] / 3**0.5 for side in ("off", "on"))
+    surrogate_T, gap_T = twin(
+        inputs, {False: off, True: on}, read_by(inputs, "teacher"), beta=0.3, temperature=1.0, future=False, baseline=0
+    )
+    loss_T = objective(inputs).loss_T
+    torch.testing.assert_close(loss_T.double(), gap_T, rtol=1e-4, atol=1e-6)
+    found, expected = (
+        torch.autograd.grad(each_T[inputs.mask_T].sum(), inputs.student_hidden_TH)[0]
+        for each_T in (loss_T, surrogate_T)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("trunk", ["teacher", "own", "student"])
 @pytest.mark.parametrize("chunk", [None, 4])
 def test_the_critics_loss_against_a_twin(trunk, chunk, monkeypatch):
     if chunk:

@@ -39,6 +39,30 @@ def test_draws_estimate_the_kl_and_its_gradient_without_bias(num_draws, temperat
     assert errors.max() < 0.1 * gradient.abs().max()
 
 
+@pytest.mark.parametrize(("num_draws", "temperature"), [(1, 1.0), (2, 1.0), (5, 2.0)])
+def test_value_and_gradient_against_a_twin_at_the_same_draws(num_draws, temperature):
+    random = torch.Generator().manual_seed(3)
+    student, teacher = (torch.randn(6, 5, generator=random, dtype=torch.float64) for _ in range(2))
+    student.requires_grad_()
+    torch.manual_seed(4)
+    loss_T = MonteCarloKl(temperature=temperature, num_draws=num_draws)(objective_inputs(student, teacher)).loss_T
+    weights_T = torch.linspace(0.5, 2.0, 6, dtype=torch.float64)
+    (found,) = torch.autograd.grad((loss_T * weights_T).sum(), student)
+    torch.manual_seed(4)
+    uniform = torch.rand(6, num_draws).tolist()
+    for t in range(6):
+        q, p = ((logits[t].detach() / temperature).softmax(-1) for logits in (student, teacher))
+        tokens = [next(a for a in range(5) if q[: a + 1].sum() > u) for u in uniform[t]]
+        gaps = [math.log(q[a] / p[a]) for a in tokens]
+        expected = torch.zeros(5, dtype=torch.float64)
+        for i, a in enumerate(tokens):
+            others = gaps[:i] + gaps[i + 1 :]
+            baseline = sum(others) / len(others) if others else 0.0
+            expected += (gaps[i] - baseline) * (torch.eye(5, dtype=torch.float64)[a] - q) / temperature / num_draws
+        assert loss_T[t].item() == pytest.approx(sum(gaps) / num_draws, rel=1e-9)
+        torch.testing.assert_close(found[t], weights_T[t] * expected, rtol=1e-9, atol=1e-12)
+
+
 def exact_gradient_variance(num_draws):
     """Summed over the rows, by enumeration: of f s for one draw, else of the U-statistic with the kernel
     (f_a - f_b) (s_a - s_b) / 2 (Hoeffding 1948)."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 from batches import objective_inputs
 
-from gkd import divergences
+from gkd import divergences, logits
 from gkd.advantages import advantages
 from gkd.config.objective import RlGkdObjective
 from gkd.objectives import build_objective
@@ -46,8 +46,8 @@ def rows(y):
     return [ROW[y[:t]] for t in range(len(y))]
 
 
-def probability(logits, y):
-    return logits.softmax(-1)[rows(y), list(y)].prod()
+def probability(policy, y):
+    return policy.softmax(-1)[rows(y), list(y)].prod()
 
 
 def kl(teacher, student):
@@ -199,6 +199,46 @@ def test_samples_of_an_older_student_are_weighted_token_by_token():
 
     expected = gradient(lambda student: -sum(student[0].softmax(-1)[y[0]] * reward(y) for y in first))
     torch.testing.assert_close(gradient(surrogate), expected, rtol=1e-6, atol=1e-7)
+
+
+CLIP, TEMPERATURE, ALPHA = 1.1, 2.0, 0.3
+RAGGED, SOURCES = [(2, 1, 0), (1, 0), (1, 1, 2), (2, 0)], ["student", "dataset", "student", "student"]
+
+
+def ragged_loss(student):
+    objective = rl_gkd(ALPHA, temperature=TEMPERATURE, ratio_clip=CLIP)
+    return batch_loss(objective, student, RAGGED, reduction="sequence_mean", sampler=SAMPLER, sources=SOURCES)
+
+
+def test_the_loss_against_a_twin_where_it_is_tempered_and_clipped():
+    """Token by token: the divergence at the loss temperature, log-probabilities and ratios at temperature 1."""
+    ratios = []
+
+    def twin(student):
+        total = torch.zeros((), dtype=torch.float64)
+        for y, source in zip(RAGGED, SOURCES, strict=True):
+            for t, token in enumerate(y):
+                row = ROW[y[:t]]
+                divergence = kl(TEACHER[row] / TEMPERATURE, student[row] / TEMPERATURE)
+                total = total + ALPHA * divergence / len(y) / len(RAGGED)
+                if source == "student":
+                    logprob = student[row].log_softmax(-1)[token]
+                    ratios.append((logprob.detach() - SAMPLER[row].log_softmax(-1)[token]).exp().item())
+                    gain = min(ratios[-1], CLIP) * reward(y) * logprob
+                    total = total - (1 - ALPHA) * gain / SOURCES.count("student")
+        return total
+
+    torch.testing.assert_close(ragged_loss(STUDENT), twin(STUDENT), rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(gradient(ragged_loss), gradient(twin), rtol=1e-6, atol=1e-9)
+    assert min(ratios) < CLIP < max(ratios)
+
+
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_chunks_change_nothing(chunk, monkeypatch):
+    whole = gradient(ragged_loss)
+    monkeypatch.setattr(logits, "_DIRECT", 0)
+    monkeypatch.setattr(logits, "CHUNK_TOKENS", {"cpu": chunk})
+    torch.testing.assert_close(gradient(ragged_loss), whole, rtol=1e-9, atol=1e-12)
 
 
 def test_ratios_are_clipped_above_and_carry_no_gradient():
