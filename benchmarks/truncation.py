@@ -39,12 +39,18 @@ STEPS = 120
 BATCH = 32
 RATE, CHAIN_RATE = 2.5e-3, 1e-3
 SEEDS = (0, 1, 2)
-STRATEGIES = ("first_k", "both_ends", "uniform", "every_other", "last_k")
-LONGER = {"equal_flops": "first_k", "both_ends_longer": "both_ends"}
+STRATEGIES = ("first_k", "both_ends", "uniform", "spaced_from_first", "last_k")
+LONGER = {"equal_flops": "first_k", "both_ends_longer": "both_ends", "spaced_longer": "spaced_from_first"}
 """Methods with the steps that vanilla distillation's FLOPs pay for -> what they keep."""
+OTHER_DEPTHS = {
+    f"{strategy}_{layers}": (strategy, layers)
+    for layers in (2, 4)
+    for strategy in ("first_k", "both_ends", "spaced_from_first")
+}
+"""Methods -> what they keep, and how many layers, where it is not `LAYERS`."""
 CHAIN = ("then_sft", "then_gkd")
 """Methods that go on from the student of `first_k`."""
-METHODS = (*STRATEGIES, "random", "kd", *LONGER, *CHAIN, "scratch")
+METHODS = (*STRATEGIES, "random", "kd", *LONGER, *CHAIN, "scratch", *OTHER_DEPTHS)
 RECORDS = 12_000
 """Of the teacher's data, in its order: what students train on; the one with the whole budget has all of it."""
 TESTED = 500
@@ -136,12 +142,13 @@ def _first_student(method: str, teacher: Path, seed: int, console: Console) -> P
         return _continued(seed)
     is_random = method in ("random", "scratch")
     strategy = method if method in STRATEGIES else LONGER.get(method, STRATEGIES[0])
-    folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else strategy)
+    strategy, layers = OTHER_DEPTHS.get(method, (strategy, LAYERS))
+    folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else f"{strategy}-{layers}")
     if not folder.is_dir():
         request = InitStudentRequest(
             teacher=str(teacher),
             output=folder,
-            num_layers=LAYERS,
+            num_layers=layers,
             strategy=strategy,
             layers=None,
             random=is_random,

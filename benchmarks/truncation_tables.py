@@ -9,15 +9,22 @@ TITLES = {
     "first_k": "first 3 layers",
     "both_ends": "2 first, 1 last",
     "uniform": "evenly spaced (0, 2, 5)",
-    "every_other": "every other (0, 2, 4)",
+    "spaced_from_first": "every other (0, 2, 4)",
     "last_k": "last 3 layers",
     "random": "random weights",
     "kd": "first 3, vanilla KD",
     "equal_flops": "first 3, the FLOPs of KD",
     "both_ends_longer": "2 first, 1 last, the FLOPs of KD",
+    "spaced_longer": "every other, the FLOPs of KD",
     "then_sft": "the first row's, as many steps again",
     "then_gkd": "the first row's, then on-policy GKD",
     "scratch": "random weights, the teacher's whole budget",
+    "first_k_2": "first 2 layers",
+    "both_ends_2": "first and last",
+    "spaced_from_first_2": "every third (0, 3)",
+    "first_k_4": "first 4 layers",
+    "both_ends_4": "2 first, 2 last",
+    "spaced_from_first_4": "evenly from the first (0, 1, 3, 4)",
 }
 """Method -> its name in the table, in the table's order."""
 _BEGIN, _END = "<!-- truncation: begin -->", "<!-- truncation: end -->"
@@ -85,7 +92,7 @@ def _found(runs: Sequence[Run]) -> list[str]:
                 title,
                 str(len(own)),
                 f"{own[0].steps:,} x {own[0].batch}",
-                f"{own[0].flops / unit:.2f}",
+                f"{own[0].flops / unit:.2f}" if own[0].flop_ratio == ratio else "-",
                 _spread(own, lambda run: run.start_ce),
                 _spread(own, lambda run: run.end_ce, digits=4),
                 f"{statistics.fmean(run.recovered for run in own):.1%}",
@@ -95,7 +102,7 @@ def _found(runs: Sequence[Run]) -> list[str]:
             ]
             rows.append(f"| {' | '.join(cells)} |")
     return [
-        f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row; vanilla KD takes {ratio:.2f}",
+        f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row, -: of other depths; vanilla KD takes {ratio:.2f}",
         "times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean and standard deviation",
         "over the seeds.",
         "",
@@ -145,8 +152,15 @@ _EXPECTED = (
     ("equal_flops", "kd", "Teacher-free, against vanilla KD at equal FLOPs", 0.02),
     ("uniform", "last_k", "Evenly spaced layers, against the last", 0.0),
     ("both_ends", "last_k", "Layers of both ends, against the last", 0.0),
+    ("spaced_from_first", "last_k", "Every other layer, against the last", 0.0),
     ("first_k", "both_ends", "The first layers, against both ends", None),
     ("equal_flops", "both_ends_longer", "The same after the longer training", None),
+    ("spaced_from_first", "both_ends", "Every other layer, against both ends", None),
+    ("spaced_longer", "both_ends_longer", "The same after the longer training", None),
+    ("spaced_from_first_2", "both_ends_2", "The same with 2 layers", None),
+    ("spaced_from_first_4", "both_ends_4", "The same with 4 layers", None),
+    ("spaced_from_first_2", "first_k_2", "Every third layer, against the first 2", None),
+    ("spaced_from_first_4", "first_k_4", "4 layers evenly from the first, against the first 4", None),
     ("scratch", "equal_flops", "From scratch with the whole budget, against the longer truncated run", 0.0),
 )
 """Two methods, what is compared, and the most that the first one's cross-entropy may be above the second's, in nats;
@@ -156,6 +170,8 @@ _ANSWERS = (
     ("equal_flops", "kd", "Teacher-free, against vanilla KD at equal FLOPs"),
     ("first_k", "both_ends", "The first layers, against both ends"),
     ("equal_flops", "both_ends_longer", "The same after the longer training"),
+    ("spaced_from_first", "both_ends", "Every other layer, against both ends"),
+    ("spaced_longer", "both_ends_longer", "The same after the longer training"),
     ("then_gkd", "then_sft", "On-policy GKD of the truncated student, against training on without it"),
 )
 """Two methods whose right answers are compared, and how that is put."""

@@ -220,7 +220,9 @@ def init_student(
     layers: Annotated[int | None, typer.Option(help="How many of the teacher's layers are kept.")] = None,
     keep: Annotated[
         str | None,
-        typer.Option(help="Which: first_k (the default), last_k, both_ends, uniform, every_other or first_k_and_last."),
+        typer.Option(
+            help="Which: spaced_from_first (the default), first_k, last_k, both_ends, uniform, every_other or first_k_and_last."
+        ),
     ] = None,
     keep_layers: Annotated[
         str | None, typer.Option(metavar="0,2,5", help="In the place of --layers and --keep: these, counted from 0.")

@@ -2,8 +2,9 @@
 
 import pytest
 
-from benchmarks.truncation import LONGER, METHODS, STRATEGIES, _config, _open
+from benchmarks.truncation import LAYERS, LONGER, METHODS, OTHER_DEPTHS, SEEDS, STRATEGIES, _config, _open, finished
 from benchmarks.truncation_tables import TITLES, Run, write_tables
+from gkd.compress.strategies import DEFAULT_STRATEGY
 from gkd.compress.strategies import STRATEGIES as KNOWN
 from gkd.config import parse_config
 
@@ -79,7 +80,18 @@ def test_every_method_has_a_title_and_a_config_that_stands(tmp_path, monkeypatch
         steps[method] = config.trainer.max_steps * config.trainer.batch_size
     for method in LONGER:
         assert steps[method] == pytest.approx(1.6 * steps["kd"], rel=0.01)
-    assert {steps[method] for method in (*STRATEGIES, "random", "kd")} == {120 * 32} and steps["scratch"] == 1050 * 48
+    assert {steps[method] for method in (*STRATEGIES, *OTHER_DEPTHS, "random", "kd")} == {120 * 32} and steps[
+        "scratch"
+    ] == 1050 * 48
+
+
+def test_the_default_is_what_did_best_with_half_of_the_layers():
+    """In every seed, and with more of them, too."""
+    runs = {(run.method, run.seed): run.end_ce for run in finished()}
+    for seed in SEEDS:
+        assert min(STRATEGIES, key=lambda name: runs[name, seed]) == DEFAULT_STRATEGY
+        deeper = [name for name, (_, layers) in OTHER_DEPTHS.items() if layers > LAYERS]
+        assert OTHER_DEPTHS[min(deeper, key=lambda name: runs[name, seed])][0] == DEFAULT_STRATEGY
 
 
 def test_it_goes_on_where_it_stopped():

@@ -34,7 +34,8 @@ class TruncateConfig(Section):
     layers: Count | None = None
     """How many."""
     strategy: Annotated[str, AfterValidator(_known_strategy)] | None = None
-    """Which: first_k (what None means), last_k, both_ends, uniform, every_other or first_k_and_last."""
+    """Which: spaced_from_first (what None means), first_k, last_k, both_ends, uniform,
+    every_other or first_k_and_last."""
     keep_layers: Annotated[list[NonNegativeInt], Field(min_length=1)] | None = None
     """In the place of both: these, counted from 0."""
 

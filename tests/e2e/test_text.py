@@ -73,7 +73,7 @@ def truncated(model):
 def test_a_truncated_student_learns_from_text(train, corpus, whole):
     metrics, ledger, folder = train("text", changes(corpus, **truncated(whole)))
     origin = json.loads((folder / "init" / "truncation.json").read_text())
-    assert (origin["layers"], origin["strategy"], origin["source"]) == ([0], "first_k", whole)
+    assert (origin["layers"], origin["strategy"], origin["source"]) == ([0], "spaced_from_first", whole)
     rows = blocks(corpus)
     first = [rows[line["prompt_index"]] for line in ledger if line["step"] == 1]
     assert len(first) == BATCH

@@ -61,7 +61,7 @@ def greedy(model):
 @pytest.mark.parametrize(
     ("options", "layers", "strategy"),
     [
-        (["--layers", 2], [0, 1], "first_k"),
+        (["--layers", 2], [0, 2], "spaced_from_first"),
         (["--layers", 2, "--keep", "uniform"], [0, 3], "uniform"),
         (["--keep-layers", "0,2,3"], [0, 2, 3], None),
         (["--keep-layers", "1, 3", "--layers", 2], [1, 3], None),
