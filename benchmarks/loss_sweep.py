@@ -42,8 +42,8 @@ NAIVE_TENSORS = 3
 """Float32 tensors [T, V] that the naive way holds at once: the logits of both, and their gradient."""
 WIDTH = 256
 WARM_UP_ELEMENTS = 2**25
-"""V x T that go through before what counts (1,048 tokens at V = 32,000): more than `gkd.logits` makes at once, so that a
-point that is made in chunks is warmed up in chunks."""
+"""V x T that go through before what counts (1,048 tokens at V = 32,000): more than `gkd.logits` makes at once, so that
+a point that is made in chunks is warmed up in chunks."""
 REPEATED_ELEMENTS = 2**26
 """V x T of the largest points that are measured three times: on CPUs they take a few seconds each."""
 MOST_DISAGREEMENT = 1e-3

@@ -3,10 +3,10 @@
 The teacher of the quality comparison (6 layers x 128, the chain sum) is cut to 3 layers by each strategy, and trained
 on by maximum likelihood on data that it was itself trained on, by `gkd train`. Beside it: the same shape with random
 weights; vanilla distillation of the same truncated student (maximum likelihood and forward KL, equal weights, on the
-same data); maximum likelihood for as many steps as that distillation's FLOPs pay for, with two strategies; and the same shape from random
-weights with the teacher's whole training; and, of the truncated student that was trained on, as many steps again,
-without the teacher or on-policy against it. Each finished run is a line of `benchmarks/results/truncation.jsonl`; the
-command goes on where it stopped.
+same data); maximum likelihood for as many steps as that distillation's FLOPs pay for, with three strategies; the same
+shape from random weights with the teacher's whole training; of the truncated student that was trained on, as many steps
+again, without the teacher or on-policy against it; and 2 and 4 layers by three strategies. Each finished run is a line
+of `benchmarks/results/truncation.jsonl`; the command goes on where it stopped.
 """
 
 import argparse

@@ -21,9 +21,9 @@ CHUNK_TOKENS = {"cpu": 256, "cuda": 1024}
 """Tokens at a time, at most. On CPUs the heads' products want many (at V = 32,000 a loss of 128 at a time takes a
 seventh longer), and cache and allocator few: of 512 a user's own divergence, under autograd, takes a third longer."""
 CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
-"""Size [t, V] of a chunk, at most, as it is what memory has to hold several times over: 128 MiB of float32 on CPUs, where
-half of it makes products so small that reading the head bounds them (at V = 152,000 a loss takes a sixth longer), and
-512 MiB on GPUs, which need more at once to be busy."""
+"""Size [t, V] of a chunk, at most, as it is what memory has to hold several times over: 128 MiB of float32 on CPUs,
+where half of it makes products so small that reading the head bounds them (at V = 152,000 a loss takes a sixth longer),
+and 512 MiB on GPUs, which need more at once to be busy."""
 _DIRECT = 2**22
 """Logits [T, V] of at most so many elements are made at once, and kept for the backward pass."""
 

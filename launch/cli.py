@@ -221,7 +221,8 @@ def init_student(
     keep: Annotated[
         str | None,
         typer.Option(
-            help="Which: spaced_from_first (the default), first_k, last_k, both_ends, uniform, every_other or first_k_and_last."
+            help="Which: spaced_from_first (the default), first_k, last_k, both_ends, uniform, every_other, "
+            "first_k_and_last."
         ),
     ] = None,
     keep_layers: Annotated[
