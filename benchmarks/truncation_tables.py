@@ -102,9 +102,9 @@ def _found(runs: Sequence[Run]) -> list[str]:
             ]
             rows.append(f"| {' | '.join(cells)} |")
     return [
-        f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row (-: of another depth); vanilla KD takes",
-        f"{ratio:.2f} times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean and standard deviation",
-        "over the seeds.",
+        f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row (-: other depths); vanilla",
+        f"KD takes {ratio:.2f} times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean and",
+        "standard deviation over the seeds.",
         "",
         *rows,
         "",
