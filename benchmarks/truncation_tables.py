@@ -103,8 +103,8 @@ def _found(runs: Sequence[Run]) -> list[str]:
             rows.append(f"| {' | '.join(cells)} |")
     return [
         f"Teacher: {teacher:.4f} nats per token. FLOPs are relative to the first row (-: other depths); vanilla",
-        f"KD takes {ratio:.2f} times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean and",
-        "standard deviation over the seeds.",
+        f"KD takes {ratio:.2f} times those of maximum likelihood for the same tokens (`gkd/compress/flops.py`). Mean",
+        "and standard deviation over the seeds.",
         "",
         *rows,
         "",
