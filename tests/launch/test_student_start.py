@@ -53,7 +53,7 @@ def test_a_check_knows_the_size_and_writes_nothing(config, tmp_path):
 @pytest.mark.parametrize(
     ("truncate", "layers"),
     [
-        ({"layers": 2}, [0, 1]),
+        ({"layers": 2}, [0, 2]),
         ({"layers": 2, "strategy": "both_ends"}, [0, 3]),
         ({"keep_layers": [0, 2, 3]}, [0, 2, 3]),
     ],
