@@ -48,6 +48,8 @@ OTHER_DEPTHS = {
     for strategy in ("first_k", "both_ends", "spaced_from_first")
 }
 """Methods -> what they keep, and how many layers, where it is not `LAYERS`."""
+KEPT = {name: (name, LAYERS) for name in STRATEGIES} | {name: (LONGER[name], LAYERS) for name in LONGER} | OTHER_DEPTHS
+"""Method -> strategy and number of layers; all others keep what `first_k` does."""
 CHAIN = ("then_sft", "then_gkd")
 """Methods that go on from the student of `first_k`."""
 METHODS = (*STRATEGIES, "random", "kd", *LONGER, *CHAIN, "scratch", *OTHER_DEPTHS)
@@ -141,8 +143,7 @@ def _first_student(method: str, teacher: Path, seed: int, console: Console) -> P
             _put_away(run_training(parse_config(config), console), STRATEGIES[0], seed)
         return _continued(seed)
     is_random = method in ("random", "scratch")
-    strategy = method if method in STRATEGIES else LONGER.get(method, STRATEGIES[0])
-    strategy, layers = OTHER_DEPTHS.get(method, (strategy, LAYERS))
+    strategy, layers = KEPT.get(method, KEPT[STRATEGIES[0]])
     folder = FOLDER / "truncation" / (f"random-{seed}" if is_random else f"{strategy}-{layers}")
     if not folder.is_dir():
         request = InitStudentRequest(
