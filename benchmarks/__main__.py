@@ -3,7 +3,8 @@
 Each part is a module of its own, run in a process of its own: it writes outputs/bench/PART.json. What is known so far
 goes into outputs/bench/summary.json after each, so a part that fails costs the others nothing; it is named at the end.
 `--record` keeps all: benchmarks/results/bench.json, the tables of docs/PERFORMANCE.md and the plots in docs/bench/. Of
-parts without newer numbers, what was recorded before stays.
+parts without newer numbers, what was recorded before stays. `--device cuda` measures the parts that run on a GPU, each
+under a name of its own (`loss_sweep_cuda`).
 """
 
 import json
@@ -13,7 +14,7 @@ import sys
 import time
 from importlib import import_module
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,8 +25,16 @@ from benchmarks.headlines import headlines
 from benchmarks.record import machine
 from benchmarks.speed.cases import FOLDER
 
-PARTS = ("speed", "overlap", "loss_sweep", "sync", "sync_runs", "transport", "growth")
-"""Modules of this package: each has `table`, and some have `plot`."""
+Device = Literal["cpu", "cuda"]
+_ON_CUDA = "_cuda"
+PARTS: dict[Device, tuple[str, ...]] = {
+    "cpu": (
+        "speed", "overlap", "loss_sweep", "train_step", "sync", "sync_runs", "transport", "growth", "plan",
+    ),
+    "cuda": (f"loss_sweep{_ON_CUDA}", f"train_step{_ON_CUDA}"),
+}  # fmt: skip
+"""Modules of this package, with the device behind the name where it is none that all have: each has `table` and `plot`.
+"""
 SUMMARY, RECORD = FOLDER / "summary.json", Path("benchmarks/results/bench.json")
 PAGE, PLOTS = Path("docs/PERFORMANCE.md"), Path("docs/bench")
 
@@ -34,11 +43,17 @@ def run_part(part: str) -> dict[str, Any] | None:
     """What a part measured, and the minutes that it took; None if it failed, and then it has said why."""
     output, begun = FOLDER / f"{part}.json", time.monotonic()
     output.unlink(missing_ok=True)  # another part may read it, and must not take an older one for it
-    done = subprocess.run([sys.executable, "-m", f"benchmarks.{part}", "--output", str(output)], check=False)
+    device = ["--device=cuda"] if part.endswith(_ON_CUDA) else []
+    command = [sys.executable, "-m", _module(part), "--output", str(output), *device]
+    done = subprocess.run(command, check=False)
     if done.returncode:
         return None
     found = json.loads(output.read_text(encoding="utf-8"))
     return {"found": found, "minutes": round((time.monotonic() - begun) / 60, 2)}
+
+
+def _module(part: str) -> str:
+    return f"benchmarks.{part.removesuffix(_ON_CUDA)}"
 
 
 def summarised(parts: dict[str, Any]) -> dict[str, Any]:
@@ -56,14 +71,15 @@ def record(parts: dict[str, Any]) -> None:
     PLOTS.mkdir(exist_ok=True)
     page = PAGE.read_text(encoding="utf-8")
     for part, measured in parts.items():
-        module = import_module(f"benchmarks.{part}")
-        lines = module.table(measured["found"])
-        if hasattr(module, "plot"):
-            plot = PLOTS / f"{part}.png"
-            module.plot(measured["found"], plot)
-            lines = [f"![{part}]({plot.relative_to(PAGE.parent).as_posix()})", "", *lines]
-        page = _replaced(page, part, lines)
+        import_module(_module(part)).plot(measured["found"], PLOTS / f"{part}.png")
+        page = _replaced(page, part, lines_of(part, measured["found"]))
     PAGE.write_text(page, encoding="utf-8")
+
+
+def lines_of(part: str, found: Any) -> list[str]:
+    """What the page says of a part: its plot and its table."""
+    plot = (PLOTS / f"{part}.png").relative_to(PAGE.parent).as_posix()
+    return [f"![{part}]({plot})", "", *import_module(_module(part)).table(found)]
 
 
 def _replaced(page: str, part: str, lines: list[str]) -> str:
@@ -84,17 +100,19 @@ def _write(path: Path, summary: dict[str, Any]) -> None:
 
 def main(
     part: Annotated[list[str] | None, typer.Option(help="Measure these alone; the others' last numbers stay.")] = None,
+    device: Annotated[Device, typer.Option(help="Where: on a GPU the loss and a training step are measured.")] = "cpu",
     keep: Annotated[bool, typer.Option("--record", help=f"Write {RECORD}, {PAGE} and {PLOTS}, too.")] = False,
 ) -> None:
     """Measure speed and memory."""
-    unknown = sorted(set(part or ()) - set(PARTS))
+    there = PARTS[device]
+    unknown = sorted(set(part or ()) - set(there))
     if unknown:
-        raise typer.BadParameter(f"{unknown[0]} is no part: use some of {', '.join(PARTS)}")
+        raise typer.BadParameter(f"{unknown[0]} is no part on {device}: use some of {', '.join(there)}")
     console = Console()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    parts = _parts_in(SUMMARY) if part else {}
+    parts = _parts_in(SUMMARY) if part or device == "cuda" else {}
     failed = []
-    for name in (name for name in PARTS if not part or name in part):
+    for name in (name for name in there if not part or name in part):
         console.rule(name)
         measured = run_part(name)
         if measured is None:

@@ -1,10 +1,11 @@
 """What a token costs when runs grow: `python -m benchmarks.growth`.
 
 One strictly on-policy step of gkd is made larger along one axis at a time, all else as in one base case: the batch, the
-length of responses, the vocabulary, the models, the number of rollout engines. Each case is a run of `gkd train` in
-processes of its own (`benchmarks.speed.ours`). Where a step's cost grows as its number of tokens does, a token costs
-the same: along batch and engines (which share the cores of a CPU host) a flat line is what can be had. Attention makes
-longer responses dearer, and of vocabulary and models arithmetic alone allows a line that rises with the size.
+length of responses, the vocabulary, the models, the number of engines, teachers and training ranks. Each case is a run
+of `gkd train` in processes of its own (`benchmarks.speed.ours`). Where a step's cost grows as its number of tokens
+does, a token costs the same: along batch and workers (which share the cores of a CPU host) a flat line is what can be
+had. Attention makes longer responses dearer, and of vocabulary and models arithmetic alone allows a line that rises
+with the size.
 """
 
 import os
@@ -20,6 +21,7 @@ import typer
 
 from benchmarks.record import machine, markdown, panels, publish
 from benchmarks.speed.cases import FOLDER, Case, Pair, Shape, write_inputs
+from benchmarks.speed.ours import WORKERS
 from benchmarks.speed.systems import run_system
 
 STAGES = ("rollout", "teacher", "train", "sync")
@@ -63,6 +65,8 @@ SIZES: dict[str, Callable[[Case], int]] = {
     "vocabulary": lambda case: case.pair.vocabulary,
     "student": lambda case: case.pair.student.parameters(case.pair.vocabulary),
     "engines": lambda case: case.rollout_actors,
+    "teachers": lambda case: case.teacher_actors,
+    "ranks": lambda case: case.ranks,
 }
 """Axis -> how large a case is along it."""
 _TITLES = {
@@ -71,6 +75,8 @@ _TITLES = {
     "vocabulary": "rows of the vocabulary",
     "student": "parameters of the student",
     "engines": "rollout engines",
+    "teachers": "teacher workers",
+    "ranks": "training ranks",
 }
 
 
@@ -84,10 +90,12 @@ AXES: dict[str, list[Case]] = {
     axis: along(axis, changes, base=BASE)
     for axis, changes in {
         "batch": [{"batch": size} for size in (16, 32, 64)],
-        "response": [{"new_tokens": (size, size)} for size in (128, 256)],
+        "response": [{"new_tokens": (size, size)} for size in (64, 128, 256)],
         "vocabulary": [{"pair": _pair(size, _MODELS[1])} for size in (2048, 8192, 32_768)],
         "student": [{"pair": _pair(8192, models)} for models in _MODELS],
         "engines": [{"rollout_actors": number} for number in (1, 2)],
+        "teachers": [{"teacher_actors": number} for number in (1, 2)],
+        "ranks": [{"ranks": number} for number in (1, 2)],
     }.items()
 }
 
@@ -109,7 +117,8 @@ def measure(axes: Mapping[str, Sequence[Case]], report: Callable[[str], None]) -
 def _run(case: Case) -> dict[str, Any]:
     write_inputs(case)
     found = run_system(case, "ours", "0")
-    shutil.rmtree(case.folder)  # models and checkpoints of all cases would be gigabytes
+    for made in ("checkpoints", "export"):  # gigabytes, of all cases; the rest is what `benchmarks.plan` reads
+        shutil.rmtree(case.folder / "gkd" / made, ignore_errors=True)
     memory, vocabulary = found["memory"], case.pair.vocabulary
     return {
         "case": case.name,
@@ -121,6 +130,7 @@ def _run(case: Case) -> dict[str, Any]:
         "stages_s": {stage: found[f"{stage}_s"] for stage in STAGES},
         "largest_bytes": memory["largest"],
         "largest_name": memory["largest_name"],
+        "worker_bytes": {kind: memory["by_process"][process] for kind, process in WORKERS.items()},
         "over_idle_bytes": memory["peak"] - memory["idle"],
     }
 
@@ -159,7 +169,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
 def plot(found: Mapping[str, Any], path: Path) -> None:
     """A panel for each axis: the cost of a token, whole and by stage, over the size; both scales logarithmic. The
     dotted line rises as the size does."""
-    with panels(path, len(found["axes"]), width=3.4, one_scale=True) as axes:
+    with panels(path, len(found["axes"]), width=2.9, one_scale=True) as axes:
         for panel, (axis, points) in zip(axes, found["axes"].items(), strict=True):
             sizes = [point["size"] for point in points]
             panel.plot(sizes, [point["us_per_token"] for point in points], "o-", color="black", label="step")

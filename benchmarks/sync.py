@@ -1,9 +1,10 @@
 """Weights to a rollout engine: seconds against bytes, and where they go: `python -m benchmarks.sync`.
 
 A worker that holds a student's weights, and nothing that trains them, sends them to an engine over the `object_store`
-wire, as a run does. Timed apart, each the median of several: packing (the buckets made and dropped), packing and
-transport (the buckets put into the object store), applying (they are there; vLLM loads them and prepacks its layers),
-and the whole, in which these overlap. `copy` is what one copy of the bytes in memory takes.
+wire, as a run does. Timed apart, each the median of several: gathering (the buckets made and dropped: of weights that
+are not sharded, no byte is copied), gathering and transport (the buckets put into the object store), applying (they are
+there; vLLM loads them and prepacks its layers), and the whole, in which these overlap. `copy` is what one copy of the
+bytes in memory takes.
 """
 
 import os
@@ -41,7 +42,7 @@ SHAPES = {
     "502M": Shape(width=1536, layers=16, heads=24, key_value_heads=12),
 }
 """Students by their parameters, with V = 32,000 and tied heads."""
-REPEAT = {"11M": 3, "54M": 3, "184M": 3, "502M": 2}
+REPEAT = {"11M": 15, "54M": 15, "184M": 9, "502M": 5}
 """How often each is measured."""
 _TIMEOUT_S = 600.0
 _NO_BATCHES = ByStep([(1, BatchRules("token_mean", None))])
@@ -71,7 +72,7 @@ class _Source:
         """One message a bucket."""
         yield from self._sender.send(checkpoint_weights(self._model), tied_names(self._model))
 
-    def pack_s(self) -> float:
+    def gather_s(self) -> float:
         """Seconds that all buckets take to be made, each dropped before the next."""
         return _seconds(lambda: sum(1 for _ in self.send_weights()))
 
@@ -106,7 +107,7 @@ def measure_size(name: str, *, bucket_mib: float, repeat: int) -> dict[str, Any]
         pool = RolloutPool([engine], max_concurrent=1, timeout_s=_TIMEOUT_S)
         ways: dict[str, Callable[[], float]] = {
             "copy_s": lambda: ray.get(source.copy_s.remote()),
-            "pack_s": lambda: ray.get(source.pack_s.remote()),
+            "gather_s": lambda: ray.get(source.gather_s.remote()),
             "put_s": lambda: _seconds(lambda: list(learner.publish())),
             "apply_s": lambda: _apply_s(pool, list(learner.publish())),
             "whole_s": lambda: _seconds(lambda: pool.update_weights(1, learner.publish())),
@@ -134,7 +135,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
         "student",
         "MB",
         "one copy (s)",
-        "packing",
+        "gathering",
         "and transport",
         "applying alone",
         "the whole",
@@ -144,7 +145,7 @@ def table(found: Mapping[str, Any]) -> list[str]:
         [
             row["student"],
             f"{row['bytes'] / 1e6:.0f}",
-            *(f"{row[way]:.3f}" for way in ("copy_s", "pack_s", "put_s", "apply_s", "whole_s")),
+            *(f"{row[way]:.3f}" for way in ("copy_s", "gather_s", "put_s", "apply_s", "whole_s")),
             f"{row['sync_over_apply']:.2f}",
         ]
         for row in found["students"]
@@ -158,8 +159,8 @@ def plot(found: Mapping[str, Any], path: Path) -> None:
     with panels(path, 1, width=7) as (panel,):
         for way, label in (
             ("copy_s", "one copy in memory"),
-            ("pack_s", "packing"),
-            ("put_s", "packing and transport"),
+            ("gather_s", "gathering"),
+            ("put_s", "gathering and transport"),
             ("apply_s", "applying alone (vLLM)"),
             ("whole_s", "the whole sync"),
         ):

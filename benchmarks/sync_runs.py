@@ -16,7 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import typer
 from rich.console import Console
 
-from benchmarks.record import markdown
+from benchmarks.record import markdown, panels
 from benchmarks.speed.cases import FOLDER, LARGE, Case, Pair, write_inputs
 from launch.ray_session import ray_session
 
@@ -116,6 +116,20 @@ def table(found: Sequence[dict[str, Any]]) -> list[str]:
     """A row for each way."""
     rows = [[row["way"], f"{row['bytes'] / 1e6:.1f}", *(f"{row[part]:.3f}" for part in _HEADINGS)] for row in found]
     return markdown(["sync of", "MB", *_HEADINGS.values()], rows)
+
+
+def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
+    """The parts of every way's sync, which follow one another, and the whole."""
+    with panels(path, 1, width=8) as (panel,):
+        ends = [0.0] * len(found)
+        for part in ("transfer_s", "probe_s", "proof_s"):
+            seconds = [row[part] for row in found]
+            panel.barh(range(len(found)), seconds, 0.4, left=ends, label=_HEADINGS[part])
+            ends = [end + more for end, more in zip(ends, seconds, strict=True)]
+        panel.plot([row["sync_s"] for row in found], range(len(found)), "k|", markersize=30, label="the whole")
+        panel.set_yticks(range(len(found)), [row["way"] for row in found])
+        panel.set_xlabel("seconds")
+        panel.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
 
 
 def main(

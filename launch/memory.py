@@ -26,8 +26,11 @@ from launch.signal_choice import signal_bytes
 GIB = 2**30
 NUMBER_BYTES = {"float32": 4, "bfloat16": 2}
 """Of a number in each precision."""
-_LIBRARIES = int(0.7 * GIB)
-"""What a process holds with torch, Ray and an engine's code loaded (measured: 2.9 GiB for a driver and 3 workers)."""
+_ENGINE_LIBRARIES = int(0.8 * GIB)
+_TORCH_LIBRARIES = int(0.5 * GIB)
+_TRAINER_LIBRARIES = int(0.55 * GIB)
+"""What a process holds on a CPU host with vLLM, with torch and transformers, and with DeepSpeed beside these, loaded.
+Measured over runs of many sizes by `benchmarks.plan`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,9 +114,15 @@ def _needs(config: Config, sizes: Sizes, *, on_gpu: bool) -> list[Need]:
     if config.reward is not None:
         needs.append(Need(worker="reward", num=1, parts={}))  # beside what the user's function needs
     if not on_gpu:
-        needs = [Need(worker=n.worker, num=n.num, parts=n.parts | {"libraries": _LIBRARIES}) for n in needs]
+        needs = [replace(need, parts=need.parts | {"libraries": _libraries(need)}) for need in needs]
     shared = _object_store(config, sizes, on_gpu=on_gpu)
     return [*needs, Need(worker="object store", num=1, parts=shared)] if sum(shared.values()) else needs
+
+
+def _libraries(need: Need) -> int:
+    if "key-value cache" in need.parts:
+        return _ENGINE_LIBRARIES
+    return _TRAINER_LIBRARIES if need.worker == "trainer" else _TORCH_LIBRARIES
 
 
 def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
@@ -130,7 +139,7 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     - teachers' heads: V H w of each teacher that sends hidden states, in its precision, whole on every rank
     - moving average: 4 n, and n w beside it where w is not 4, whole on every rank
     - critics: 16 bytes a parameter (float32, its gradient, AdamW's moments), whole on every rank
-    - weight buckets: one gathered and one packed
+    - weight buckets: one gathered with ZeRO 3, and on a GPU one packed; on a CPU host none is copied
     """
     trainer, student = config.trainer, sizes.student
     width, ranks = NUMBER_BYTES[trainer.dtype], trainer.num_ranks
@@ -169,9 +178,10 @@ def _trainer(config: Config, sizes: Sizes, *, on_gpu: bool) -> dict[str, int]:
     matching = terms_of_type(config.objective, MomentMatchingObjective)
     if matching:
         parts["critics"] = 16 * sum(_critic_parameters(one, sizes) for one in matching)
-    if config.needs_engine:
+    held = (trainer.zero_stage == 3) + on_gpu
+    if config.needs_engine and held:
         largest = (sizes.adapter and width) or student.largest_parameter * width
-        parts["weight buckets"] = 2 * max(int(config.sync.bucket_mib * 2**20), largest)
+        parts["weight buckets"] = held * max(int(config.sync.bucket_mib * 2**20), largest)
     return parts
 
 

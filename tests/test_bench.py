@@ -1,6 +1,7 @@
 """`make bench`: what it keeps of its parts, and the syncs that it takes from the timelines of runs."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,8 @@ import typer
 from benchmarks import __main__ as bench
 from benchmarks import sync_runs
 from gkd.config import parse_config
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("way", sync_runs.WAYS)
@@ -58,6 +61,7 @@ def parts(tmp_path, monkeypatch):
     numbers = {"drawn": 1, "broken": None, "plain": 3}
 
     def run(command, *, check):
+        assert command[5:] == (["--device=cuda"] if command[4].endswith("_cuda.json") else [])
         part, output = command[2].removeprefix("benchmarks."), Path(command[4])
         if numbers[part] is None:
             return SimpleNamespace(returncode=1)
@@ -71,15 +75,16 @@ def parts(tmp_path, monkeypatch):
         path.write_text(f"a picture of {found['number']}", encoding="utf-8")
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    monkeypatch.setattr(bench, "PARTS", tuple(numbers))
-    monkeypatch.setitem(sys.modules, "benchmarks.drawn", SimpleNamespace(table=table, plot=plot))
-    for part in ("broken", "plain"):
-        monkeypatch.setitem(sys.modules, f"benchmarks.{part}", SimpleNamespace(table=table))
+    monkeypatch.setattr(bench, "PARTS", {"cpu": ("drawn", "broken", "plain"), "cuda": ("plain_cuda",)})
+    for part in ("drawn", "broken", "plain"):
+        monkeypatch.setitem(sys.modules, f"benchmarks.{part}", SimpleNamespace(table=table, plot=plot))
     places = {"FOLDER": "out", "SUMMARY": "out/summary.json", "RECORD": "record.json"}
     for name, path in (places | {"PAGE": "docs/page.md", "PLOTS": "docs/bench"}).items():
         monkeypatch.setattr(bench, name, tmp_path / path)
     bench.PAGE.parent.mkdir()
-    bench.PAGE.write_text("\n".join(f"<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in numbers))
+    bench.PAGE.write_text(
+        "\n".join(f"<!-- {part}: begin -->\nold\n<!-- {part}: end -->\n" for part in (*numbers, "plain_cuda"))
+    )
     return numbers
 
 
@@ -92,7 +97,7 @@ def test_a_part_that_fails_costs_the_others_nothing_and_is_named(parts, capsys):
     bench.FOLDER.mkdir()
     (bench.FOLDER / "broken.json").write_text("of another time")
     with pytest.raises(typer.Exit) as ended:
-        bench.main(part=None, keep=True)
+        bench.main(part=None, device="cpu", keep=True)
     assert ended.value.exit_code == 1 and "failed: broken\n" in capsys.readouterr().out
     assert kept(bench.SUMMARY) == kept(bench.RECORD) == {"drawn": 1, "plain": 3}
     assert not (bench.FOLDER / "broken.json").exists(), "no other part can take it for new"
@@ -108,26 +113,49 @@ def test_what_is_known_is_written_before_the_next_part(parts, monkeypatch):
 
     monkeypatch.setattr(bench, "run_part", stopped)
     with pytest.raises(KeyboardInterrupt):
-        bench.main(part=None, keep=False)
+        bench.main(part=None, device="cpu", keep=False)
     assert kept(bench.SUMMARY) == {"drawn": 1}
 
 
 def test_recording_one_part_keeps_what_is_recorded_of_the_others(parts):
     """Also where they were never measured here, and without the minutes that they took."""
     bench.RECORD.write_text(json.dumps({"parts": {part: {"found": {"number": 7}} for part in parts}}))
-    bench.main(part=["plain"], keep=True)
+    bench.main(part=["plain"], device="cpu", keep=True)
     assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
     assert kept(bench.SUMMARY) == {"plain": 3}
     parts["drawn"] = 2
-    bench.main(part=["drawn"], keep=False)
+    bench.main(part=["drawn"], device="cpu", keep=False)
     assert kept(bench.SUMMARY) == {"plain": 3, "drawn": 2}
     assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
 
 
 def test_the_page_has_a_parts_plot_above_its_table(parts):
-    bench.main(part=["drawn", "plain"], keep=True)
+    bench.main(part=["drawn", "plain"], device="cpu", keep=True)
     page = bench.PAGE.read_text()
     assert "<!-- drawn: begin -->\n![drawn](bench/drawn.png)\n\n| 1 |\n<!-- drawn: end -->\n" in page
-    assert "<!-- plain: begin -->\n| 3 |\n<!-- plain: end -->\n" in page, "it has no plot"
     assert "<!-- broken: begin -->\nold\n<!-- broken: end -->\n" in page, "it was not measured"
     assert (bench.PAGE.parent / "bench/drawn.png").read_text() == "a picture of 1"
+
+
+def test_a_gpu_has_parts_of_its_own_beside_the_others(parts):
+    bench.main(part=["plain"], device="cpu", keep=True)
+    parts["plain"] = 5
+    bench.main(part=None, device="cuda", keep=True)
+    assert kept(bench.SUMMARY) == kept(bench.RECORD) == {"plain": 3, "plain_cuda": 5}
+    page = bench.PAGE.read_text()
+    assert "<!-- plain_cuda: begin -->\n![plain_cuda](bench/plain_cuda.png)\n\n| 5 |\n" in page
+    with pytest.raises(typer.BadParameter, match="drawn is no part on cuda: use some of plain_cuda"):
+        bench.main(part=["drawn"], device="cuda", keep=False)
+
+
+@pytest.mark.parametrize("part", [part for device in bench.PARTS.values() for part in device])
+def test_the_page_says_what_is_recorded(part):
+    """Every part has its place; what was measured stands there to the digit, and its picture is there."""
+    page = (ROOT / "docs/PERFORMANCE.md").read_text(encoding="utf-8")
+    [shown] = re.findall(f"<!-- {part}: begin -->\n(.*?)<!-- {part}: end -->", page, flags=re.DOTALL)
+    recorded = json.loads((ROOT / "benchmarks/results/bench.json").read_text(encoding="utf-8"))["parts"]
+    if part not in recorded:
+        assert shown == "Not measured yet.\n"
+        return
+    assert shown.splitlines() == bench.lines_of(part, recorded[part]["found"])
+    assert (ROOT / f"docs/bench/{part}.png").exists()

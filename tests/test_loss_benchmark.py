@@ -76,6 +76,7 @@ def test_ways_that_find_different_divergences_are_no_comparison():
 
 def test_a_naive_point_that_does_not_fit_is_not_run(monkeypatch):
     monkeypatch.setattr(subprocess, "run", lambda *_args, **_options: pytest.fail("it was run"))
+    monkeypatch.setattr(loss_sweep, "_room_bytes", lambda device: 14e9)
     point = Point(152_000, 8_192, "naive")
     assert loss_sweep._measured(point, "cpu", {}) == {"left_out": "does not fit"}
 

@@ -6,11 +6,12 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
-from benchmarks import growth, overlap, sync, transport
+from benchmarks import growth, overlap, plan, sync, transport
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import cases, table
+from benchmarks.speed import cases, plot, table
 from benchmarks.speed.ours import config_tree
 from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
@@ -102,6 +103,9 @@ def test_a_case_of_several_axes_runs_once(monkeypatch, tmp_path):
         ran.append(case.name)
         seconds = {f"{stage}_s": 0.1 for stage in growth.STAGES}
         memory = {"largest": 2_000_000_000, "largest_name": "ray::it", "idle": 1_000_000_000, "peak": 1_500_000_000}
+        memory["by_process"] = dict.fromkeys(growth.WORKERS.values(), 2_000_000_000)
+        for made in ("checkpoints", "export", "kept"):
+            (case.folder / "gkd" / made).mkdir(parents=True)
         return {"tokens": 100.0 * case.batch, "step_s": 0.5, "memory": memory} | seconds
 
     monkeypatch.setattr(growth, "run_system", run_system)
@@ -113,13 +117,51 @@ def test_a_case_of_several_axes_runs_once(monkeypatch, tmp_path):
     }
     found = growth.measure(axes, told.append)
     assert ran == ["tiny", "growth_batch_4", "growth_engines_4"]
-    assert told[1] == "batch 4: 1250 us a token, 0.500 s a step" and not list(tmp_path.iterdir())
+    assert told[1] == "batch 4: 1250 us a token, 0.500 s a step"
+    assert {path.name for path in tmp_path.glob("*/gkd/*")} == {"kept"}
     lines = growth.table(json.loads(json.dumps(found)))
     assert len(lines) == 2 + 4 and len({line.count("|") for line in lines}) == 1
     assert lines[3].startswith("| sequences of a step | 4 | 0.1 M, 1.3 M | 0.500 | 1250 | 0.50 | 0.100 |")
     assert lines[3].endswith("| 2.00 | 0.50 |")
     growth.plot(found, tmp_path / "growth.png")
     assert (tmp_path / "growth.png").stat().st_size > 0
+
+
+def test_a_plan_is_compared_with_every_case_that_was_measured(written, monkeypatch, tmp_path):
+    """The base run's own step is planned out of its own rates; a case of other models has its memory planned alone."""
+    other = replace(TINY, name="growth_vocabulary_9", pair=replace(cases.TINY, vocabulary=9))
+    more = replace(TINY, name="growth_batch_4", batch=4)
+    cases.write_inputs(other)
+    axes = {"batch": [TINY, more], "vocabulary": [other, TINY], "engines": [replace(TINY, name="e", rollout_actors=1)]}
+    monkeypatch.setattr(plan, "AXES", axes)
+    monkeypatch.setattr(plan, "BASE", TINY)
+    config = parse_config(config_tree(TINY, max_staleness=0))
+    run = TINY.folder / "gkd"
+    run.mkdir()
+    (run / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")), encoding="utf-8")
+    line = {"time/step_s": 2.0, "time/rollout_s": 1.0, "time/teacher_s": 0.5, "time/train_s": 0.25}
+    line |= {"time/rollout_wait_s": 1.0, "time/teacher_wait_s": 1.5, "time/train_wait_s": 1.75, "sync/seconds": 0.25}
+    line |= {"tokens/trained": 10, "tokens/generated": 10}
+    (run / "metrics.jsonl").write_text("\n".join(json.dumps(line) for _ in range(4)), encoding="utf-8")
+    points = {
+        axis: [{"case": c.name, "step_s": 2.0, "worker_bytes": dict.fromkeys(growth.WORKERS, 1e9)} for c in members]
+        for axis, members in axes.items()
+    }
+    found = plan.measure({"machine": {}, "axes": points})
+    by_name = {case["case"]: case for case in found["cases"]}
+    assert list(by_name) == ["tiny", "growth_batch_4", "growth_vocabulary_9", "e"]
+    planned = {name: case["planned_step_s"] for name, case in by_name.items()}
+    per_token = 1.75 / (2 * 5)  # rollouts, teacher and trainer, which take turns
+    assert planned["growth_batch_4"] == pytest.approx(4 * 6 * per_token + 0.25), "the sync is the same"
+    assert planned["growth_vocabulary_9"] is None
+    assert [name for name, case in by_name.items() if case["shares_cores"]] == ["e"]
+    assert all(case["planned_bytes"]["rollout"] > 1e9 for case in by_name.values())
+    lines = plan.table(json.loads(json.dumps(found)))
+    assert len({line.count("|") for line in lines}) == 1 and lines[4].startswith(
+        "| vocabulary_9 | 2.00 | - | - | 1.00 |"
+    )
+    plan.plot(found, tmp_path / "plan.png")
+    assert (tmp_path / "plan.png").stat().st_size > 0
 
 
 def test_every_form_of_signal_is_read_whole():
@@ -176,7 +218,7 @@ def test_the_transport_table_has_a_row_for_each_signal(tmp_path):
 def a_case(name, *, on_policy_s, streaming_s):
     """As `benchmarks.speed` records it."""
     waits = {"train_wait_s": 0.5, "rollout_wait_s": 0.4, "teacher_wait_s": 0.8}
-    run = {"rollout_s": 0.6, "teacher_s": 0.2, "train_s": 0.5, "sync_s": 0.1, "whole_s": 30.0, "tokens": 100.0}
+    run = {"rollout_s": 0.6, "teacher_s": 0.2, "train_s": 0.5, "sync_s": 0.1, "start_s": 30.0, "tokens": 100.0}
     run |= waits | {"memory": {"largest": 1}}
     floor = {"rollout_s": 0.4, "teacher_s": 0.1, "train_s": 0.2, "optimizer_s": 0.1, "memory": {"largest": 1}}
     return {
@@ -195,7 +237,8 @@ def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path)
         ran.append((system, *arguments))
         step_s = {("ours", "0"): 2.0, ("ours", "1"): 1.0, ("peer",): 5.0}.get(ran[-1], 0.0)
         parts = {"rollout_s": 0.5, "teacher_s": 0.25, "train_s": 0.75, "optimizer_s": 0.5}
-        return {"step_s": step_s, "memory": {"largest": 2e9, "idle": 1e9, "peak": 1.5e9}} | parts
+        told = {"step_s": step_s, "step_seconds": [0.9 * step_s, step_s, 1.1 * step_s], "start_s": 7.4}
+        return told | {"memory": {"largest": 2e9, "idle": 1e9, "peak": 1.5e9}} | parts
 
     monkeypatch.setattr(speed, "run_system", run_system)
     monkeypatch.setattr(speed, "write_inputs", lambda case: None)
@@ -207,8 +250,11 @@ def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path)
     plain = speed.measure(replace(TINY, streams=False), Console(quiet=True))
     assert plain["ratios"] == on_policy and sorted(ran) == [("floor",), ("ours", "0"), ("peer",)]
     *_, first, second = table({"cases": [streamed, plain]})
-    assert first.startswith("| tiny | 5.000 | 2.000 | 1.000 | 0.500 + 0.250 + 0.750 + 0.500 | 2.50 | 1.00 |")
-    assert second == first.replace("| 1.000 |", "| - |")
+    steps = "| tiny | 5.000, 4.500 to 5.500 | 2.000, 1.800 to 2.200 | 1.000, 0.900 to 1.100 |"
+    assert first.startswith(f"{steps} 0.500 + 0.250 + 0.750 + 0.500 | 2.50 | 1.00 |") and first.endswith("| 7 | 7 |")
+    assert second == first.replace("| 1.000, 0.900 to 1.100 |", "| - |")
+    plot({"cases": [streamed, plain]}, tmp_path / "speed.png")
+    assert (tmp_path / "speed.png").stat().st_size > 0
 
 
 def test_the_sync_students_have_the_parameters_that_they_are_named_after():
@@ -226,9 +272,10 @@ def test_streaming_is_compared_with_the_sum_of_the_stages_and_the_longest(tmp_pa
     assert case["sum_s"] == pytest.approx(0.8) and case["longest_s"] == pytest.approx(0.4)
     assert case["longest"] == "rollout" and case["gain"] == pytest.approx(1.2)
     assert case["sum_gain"] == pytest.approx(1.5) and case["longest_gain"] == pytest.approx(3.0)
+    assert case["attained"] == pytest.approx(0.2 / 0.8), "of the .8 s that the longest stage would have saved"
     assert case["over_sum"] == pytest.approx(1.25) == case["sum_gain"] / case["gain"]
     assert case["idle"]["gkd_streaming"] == pytest.approx({"rollout": 0.4, "teacher": 0.8, "trainer": 0.5, "sync": 0.9})
     lines = overlap.table(json.loads(json.dumps(found)))
-    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 1.25 |")
+    assert lines[2].startswith("| one | 1.200 | 1.000 | 0.800 | 0.400 (rollout) | 1.20x | 1.50x | 3.00x | 25% | 1.25 |")
     overlap.plot(found, tmp_path / "overlap.png")
     assert (tmp_path / "overlap.png").stat().st_size > 0

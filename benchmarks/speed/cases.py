@@ -97,6 +97,10 @@ class Case:
     """Whether a run at staleness 1 is measured beside the strictly on-policy one."""
     rollout_actors: int = 1
     """Engines of a gkd run; what it is compared with has one."""
+    teacher_actors: int = 1
+    """Likewise its teachers."""
+    ranks: int = 1
+    """Likewise its training ranks."""
 
     @property
     def folder(self) -> Path:
@@ -165,27 +169,33 @@ def _order(num_prompts: int) -> list[int]:
 def write_model(folder: Path, shape: Shape, vocabulary: int) -> None:
     """A model with random weights and its tokenizer, whose tokens are words of their own."""
     from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     words = {"<pad>": 0, "<eos>": 1} | {f"w{i}": i for i in range(2, vocabulary)}
     tokenizer = Tokenizer(models.WordLevel(vocab=words, unk_token="<pad>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    config = LlamaConfig(
+    torch.manual_seed(shape.layers)
+    AutoModelForCausalLM.from_config(model_config(shape, vocabulary)).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
+
+
+def model_config(shape: Shape, vocabulary: int, *, positions: int = 512) -> Any:
+    """Of a model in transformers."""
+    from transformers import LlamaConfig
+
+    return LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=shape.width,
         num_hidden_layers=shape.layers,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.key_value_heads,
         intermediate_size=_MLP * shape.width,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
     )
-    torch.manual_seed(shape.layers)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>").save_pretrained(folder)
 
 
 def read_case(folder: Path) -> Case:

@@ -21,6 +21,8 @@ class Memory:
     """Resident in one process: the most that any had."""
     largest_name: str
     """Which process that was."""
+    by_process: dict[str, int]
+    """Name of a process, without what it is doing -> the most resident in any of that name."""
     idle: int
     """PSS of all processes together (pages that several share count once) when the models were loaded."""
     peak: int
@@ -36,7 +38,8 @@ class MemoryWatch:
 
     def __init__(self, process: "subprocess.Popen[str]") -> None:
         self._root = psutil.Process(process.pid)
-        self._largest, self._largest_name, self._idle, self._peak = 0, "", 0, 0
+        self._by_process: dict[str, int] = {}
+        self._idle, self._peak = 0, 0
         self._most_resident = 0
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._go_on, daemon=True)
@@ -50,8 +53,13 @@ class MemoryWatch:
         """Stop looking."""
         self._done.set()
         self._thread.join()
+        largest_name = max(self._by_process, key=lambda name: self._by_process[name])
         return Memory(
-            largest=self._largest, largest_name=self._largest_name, idle=self._idle, peak=max(self._peak, self._idle)
+            largest=self._by_process[largest_name],
+            largest_name=largest_name,
+            by_process=self._by_process,
+            idle=self._idle,
+            peak=max(self._peak, self._idle),
         )
 
     def _go_on(self) -> None:
@@ -62,14 +70,14 @@ class MemoryWatch:
                 self._peak = max(self._peak, self._shared_out())
 
     def _resident(self) -> int:
-        """Of all processes, pages that several share counted for each; remembers the largest process."""
+        """Of all processes, pages that several share counted for each; remembers the most that each had."""
         total = 0
         for process in self._processes():
             with suppress(psutil.NoSuchProcess):
                 resident = process.memory_info().rss
                 total += resident
-                if resident > self._largest:
-                    self._largest, self._largest_name = resident, _name(process)
+                name = _name(process)
+                self._by_process[name] = max(resident, self._by_process.get(name, 0))
         return total
 
     def _shared_out(self) -> int:
@@ -88,5 +96,7 @@ class MemoryWatch:
 
 
 def _name(process: Any) -> str:
+    """Ray calls a worker after its actor's class and, behind a dot, the method that it is in."""
     command = process.cmdline()
-    return command[0] if command else process.name()
+    name = command[0] if command else process.name()
+    return name.split(".")[0] if name.startswith("ray::") else name

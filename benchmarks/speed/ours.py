@@ -5,7 +5,6 @@ import os
 import shutil
 import statistics
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -48,10 +47,14 @@ class _Generator(VllmGenerator):
 
 
 @ray.remote
-class _Actor(RolloutActor.__ray_metadata__.modified_class):  # type: ignore[misc]
+class _SettledActor(RolloutActor.__ray_metadata__.modified_class):  # type: ignore[misc]
     def __init__(self, settings: _SettledLengths) -> None:
         TracedWorker.__init__(self, Lane())  # in the place of the actor's own start
         self._generator = _Generator(settings)
+
+
+WORKERS = {"trainer": "ray::TrainerActor", "rollout": "ray::_SettledActor", "teacher": "ray::TeacherActor"}
+"""Kind of worker -> what its process is called."""
 
 
 class SettledWorkers(Workers):
@@ -64,7 +67,7 @@ class SettledWorkers(Workers):
     def start(self, worker: str, actor_class: Any, settings: Any) -> Any:
         """Start an actor."""
         if worker == "rollout":
-            return super().start(worker, _Actor, _SettledLengths(engine=settings, lengths=self._lengths))
+            return super().start(worker, _SettledActor, _SettledLengths(engine=settings, lengths=self._lengths))
         return super().start(worker, actor_class, settings)
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -78,13 +81,14 @@ def config_tree(case: Case, *, max_staleness: int) -> dict[str, Any]:
     return {
         "run": {"name": case.name, "output_dir": str(case.folder / "gkd"), "resume": "never"},
         "student": {"model": str(case.folder / "student")},
-        "teacher": {"model": str(case.folder / "teacher")},
+        "teacher": {"model": str(case.folder / "teacher"), "num_actors": case.teacher_actors},
         "data": {"train": {"path": str(case.folder / "prompts.jsonl")}},
         "rollout": {"max_new_tokens": case.new_tokens[1], "num_actors": case.rollout_actors},
         "objective": {"type": "distill", "divergence": {"type": "generalized_jsd", "beta": 0.5}},
         "trainer": {
             "max_steps": case.run_steps,
             "batch_size": case.batch,
+            "num_ranks": case.ranks,
             "learning_rate": 1e-4,
             "checkpoint_every": 0,
         },
@@ -92,14 +96,13 @@ def config_tree(case: Case, *, max_staleness: int) -> dict[str, Any]:
     }
 
 
-def measure(case: Case, *, max_staleness: int) -> dict[str, float]:
-    """Medians over the steps that count, in seconds, and the start-up."""
+def measure(case: Case, *, max_staleness: int) -> dict[str, Any]:
+    """Medians over the steps that count, in seconds, and the seconds of each of these (`step_seconds`)."""
     from gkd.config import parse_config
     from launch.train import run_training
 
     shutil.rmtree(case.folder / "gkd", ignore_errors=True)
     open_workers = partial(SettledWorkers, lengths=lengths_by_prompt(case))
-    begun = time.time()
     with ray_session():
         run_training(parse_config(config_tree(case, max_staleness=max_staleness)), Console(), open_workers=open_workers)
     lines = [json.loads(line) for line in (case.folder / "gkd" / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +111,7 @@ def measure(case: Case, *, max_staleness: int) -> dict[str, float]:
     counted = lines[case.warm_up :][: case.steps]
     found = {f"{name}_s": statistics.median(line[f"time/{name}_s"] for line in counted) for name in _TIMES}
     found["sync_s"] = statistics.median(line["sync/seconds"] for line in counted)
-    return found | {"tokens": float(expected), "whole_s": time.time() - begun}
+    return found | {"tokens": float(expected), "step_seconds": [line["time/step_s"] for line in counted]}
 
 
 def main() -> None:

@@ -63,4 +63,4 @@ class SyncConfig(Section):
     is warned of in a bfloat16 one. auto: 1e-3 for float32, 0.3 for bfloat16 (measured in docs/PERFORMANCE.md); None
     only records it."""
     bucket_mib: Positive = 64.0
-    """Size of the packed buckets that weights travel in, MiB."""
+    """Size of the buckets that weights travel in, MiB."""

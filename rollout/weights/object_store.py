@@ -1,7 +1,7 @@
-"""The `object_store` wire: packed buckets of weights through Ray's object store, for CPU hosts and across nodes.
+"""The `object_store` wire: buckets of weights through Ray's object store, for CPU hosts and across nodes.
 
-The trainer packs its weights into buckets and returns each as one object; every engine on a node is handed the same
-copy.
+The trainer returns each bucket as one object, which Ray copies from where the weights lie; every engine on a node is
+handed the same copy.
 Assumptions: sender and receivers are workers of one Ray cluster; the driver owns the objects; a bucket fits into the
 object store. vLLM finds the receiver through its plug-in entry point (`register`), in every process it starts. vllm is
 imported only there: the trainer's process builds transformers models, which must happen without vllm.
@@ -18,12 +18,11 @@ import torch
 from rollout.weights.packed import held_modules
 
 BACKEND = "object_store"
-_ALIGNMENT = 64  # bytes; lets every tensor be viewed in place, whatever its neighbours' dtypes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Bucket:
-    """Several tensors in one block of memory."""
+    """Several tensors. Ray copies each array from where it lies into one object, without serialising it."""
 
     names: tuple[str, ...]
     """Checkpoint names, as `save_pretrained` writes them."""
@@ -31,26 +30,23 @@ class Bucket:
     """One per tensor."""
     shapes: tuple[tuple[int, ...], ...]
     """One per tensor."""
-    offsets: tuple[int, ...]
-    """First byte of each tensor in `data`."""
-    data: np.ndarray
-    """[bytes] uint8."""
+    arrays: tuple[np.ndarray, ...]
+    """One per tensor: its bytes, uint8."""
     tied: dict[str, str]
     """Alias -> name of a tensor of this bucket that shares its memory."""
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Name and tensor, sharing memory with `data`: do not write to them."""
-        with warnings.catch_warnings():
-            # Arrays from the object store are read-only, which torch can only warn about; nothing writes to them.
-            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-            block = torch.from_numpy(self.data)
-        for name, dtype, shape, offset in zip(self.names, self.dtypes, self.shapes, self.offsets, strict=True):
-            num_bytes = torch.Size(shape).numel() * dtype.itemsize
-            yield name, block[offset : offset + num_bytes].view(dtype).view(shape)
+        """Name and tensor, sharing memory with the arrays: do not write to them."""
+        for name, dtype, shape, array in zip(self.names, self.dtypes, self.shapes, self.arrays, strict=True):
+            with warnings.catch_warnings():
+                # Arrays from the object store are read-only, which torch can only warn about; nothing writes to them.
+                warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+                flat = torch.from_numpy(array)
+            yield name, flat.view(dtype).view(shape)
 
 
 class ObjectStoreSender:
-    """The trainer's end: packs tensors into buckets."""
+    """The trainer's end: puts tensors together, and copies none."""
 
     def __init__(self, *, bucket_bytes: int) -> None:
         """`bucket_bytes` is the size at which a bucket is closed; a larger tensor gets a bucket of its own."""
@@ -64,36 +60,27 @@ class ObjectStoreSender:
         """There is no connection to open."""
 
     def send(self, weights: Iterable[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Iterator[dict[str, Bucket]]:
-        """Yield the buckets in order, each built only when it is asked for."""
+        """Yield the buckets in order, each made only when it is asked for. Their arrays are the weights themselves."""
         waiting: list[tuple[str, torch.Tensor]] = []
         waiting_bytes = 0
         for name, tensor in weights:
             if waiting and waiting_bytes + tensor.nbytes > self._bucket_bytes:
-                yield {"bucket": _pack(waiting, tied)}
+                yield {"bucket": _bucket(waiting, tied)}
                 waiting, waiting_bytes = [], 0
             waiting.append((name, tensor))
             waiting_bytes += tensor.nbytes
         if waiting:
-            yield {"bucket": _pack(waiting, tied)}
+            yield {"bucket": _bucket(waiting, tied)}
 
 
-def _pack(tensors: list[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Bucket:
-    offsets, end = [], 0
-    for _, tensor in tensors:
-        offsets.append(end)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    data = np.empty(end, dtype=np.uint8)
-    block = torch.from_numpy(data)
-    for offset, (_, tensor) in zip(offsets, tensors, strict=True):
-        flat = tensor.detach().contiguous().view(-1).view(torch.uint8)
-        block[offset : offset + tensor.nbytes].copy_(flat)
+def _bucket(tensors: list[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Bucket:
     names = tuple(name for name, _ in tensors)
+    flat = [tensor.detach().contiguous().view(-1).view(torch.uint8).cpu() for _, tensor in tensors]
     return Bucket(
         names=names,
         dtypes=tuple(tensor.dtype for _, tensor in tensors),
         shapes=tuple(tuple(tensor.shape) for _, tensor in tensors),
-        offsets=tuple(offsets),
-        data=data,
+        arrays=tuple(tensor.numpy() for tensor in flat),
         tied={alias: name for alias, name in tied.items() if name in names},
     )
 
