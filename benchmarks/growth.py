@@ -56,7 +56,7 @@ BASE = Case(
     prompt_tokens=(12, 12),
     new_tokens=(128, 128),
     warm_up=1,
-    steps=3,
+    steps=2,
 )
 """Where all axes meet."""
 SIZES: dict[str, Callable[[Case], int]] = {
@@ -90,7 +90,7 @@ AXES: dict[str, list[Case]] = {
     axis: along(axis, changes, base=BASE)
     for axis, changes in {
         "batch": [{"batch": size} for size in (16, 32, 64)],
-        "response": [{"new_tokens": (size, size)} for size in (64, 128, 256)],
+        "response": [{"new_tokens": (size, size)} for size in (128, 256)],
         "vocabulary": [{"pair": _pair(size, _MODELS[1])} for size in (2048, 8192, 32_768)],
         "student": [{"pair": _pair(8192, models)} for models in _MODELS],
         "engines": [{"rollout_actors": number} for number in (1, 2)],

@@ -42,7 +42,7 @@ SHAPES = {
     "502M": Shape(width=1536, layers=16, heads=24, key_value_heads=12),
 }
 """Students by their parameters, with V = 32,000 and tied heads."""
-REPEAT = {"11M": 15, "54M": 15, "184M": 9, "502M": 5}
+REPEAT = {"11M": 15, "54M": 15, "184M": 7, "502M": 3}
 """How often each is measured."""
 _TIMEOUT_S = 600.0
 _NO_BATCHES = ByStep([(1, BatchRules("token_mean", None))])

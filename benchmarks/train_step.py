@@ -63,7 +63,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "bfloat16": {"dtype": "bfloat16"},
 }
 """Name -> what it changes in the config's section `trainer`."""
-_WARM_UP, _STEPS = 1, 5
+_WARM_UP, _STEPS = 1, 3
 _MOST_DISAGREEMENT = {"float32": 1e-4, "bfloat16": 3e-2}
 """Of the losses of a precision with those of the first way, relative."""
 _ENVIRONMENT = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}

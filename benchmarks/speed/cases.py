@@ -130,6 +130,7 @@ CASES = {
             batch=32,
             prompt_tokens=(16, 128),
             new_tokens=(16, 256),
+            steps=2,  # TRL's take a minute and more
             peer_micro_batches=2,  # whole it takes more than 22 GB
         ),
         Case(name="fixed_2k_b16", pair=SMALL, batch=16, streams=False, warm_up=3, steps=6, **_FIXED),

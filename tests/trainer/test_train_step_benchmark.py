@@ -44,6 +44,6 @@ def test_a_step_learns_and_is_measured(device, monkeypatch, tmp_path):
     monkeypatch.setitem(train_step.SIZES, device, TINY)
     train_step.write_shapes(device)
     row = train_step.measure_way("float32", device)
-    assert len(row["step_seconds"]) == 5 and row["step_s"] == sorted(row["step_seconds"])[2]
+    assert len(row["step_seconds"]) == 3 and row["step_s"] == sorted(row["step_seconds"])[1]
     assert row["losses"][-1] < row["losses"][0]
     assert row["held_bytes"] > 0 and row["planned_bytes"] > 0
