@@ -126,7 +126,7 @@ def plot(found: Sequence[dict[str, Any]], path: Path) -> None:
             seconds = [row[part] for row in found]
             panel.barh(range(len(found)), seconds, 0.4, left=ends, label=_HEADINGS[part])
             ends = [end + more for end, more in zip(ends, seconds, strict=True)]
-        panel.plot([row["sync_s"] for row in found], range(len(found)), "k|", markersize=30, label="the whole")
+        panel.plot([row["sync_s"] for row in found], range(len(found)), "kD", label="the whole")
         panel.set_yticks(range(len(found)), [row["way"] for row in found])
         panel.set_xlabel("seconds")
         panel.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))

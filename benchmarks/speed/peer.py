@@ -77,6 +77,7 @@ def measure(case: Case) -> dict[str, Any]:
     from datasets import Dataset
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
+    warm_up = case.warm_up if case.peer_warm_up is None else case.peer_warm_up
     shutil.rmtree(case.folder / "trl", ignore_errors=True)
     student, teacher = (
         AutoModelForCausalLM.from_pretrained(case.folder / name, dtype=torch.float32) for name in ("student", "teacher")
@@ -99,7 +100,7 @@ def measure(case: Case) -> dict[str, Any]:
             output_dir=str(case.folder / "trl"),
             per_device_train_batch_size=case.batch // case.peer_micro_batches,
             gradient_accumulation_steps=case.peer_micro_batches,
-            max_steps=case.warm_up + case.steps,
+            max_steps=warm_up + case.steps,
             train_sampling_strategy="sequential",
             learning_rate=1e-4,
             lr_scheduler_type="constant",
@@ -124,8 +125,8 @@ def measure(case: Case) -> dict[str, Any]:
     trainer.train()
     steps = [sum(made[at : at + case.peer_micro_batches]) for at in range(0, len(made), case.peer_micro_batches)]
     expected = new_tokens_per_step(case)
-    assert steps == [expected] * (case.warm_up + case.steps), "lengths and order are settled"
-    seconds = [end - start for start, end in zip(clock.starts, clock.ends, strict=True)][case.warm_up :]
+    assert steps == [expected] * (warm_up + case.steps), "lengths and order are settled"
+    seconds = [end - start for start, end in zip(clock.starts, clock.ends, strict=True)][warm_up:]
     return {"step_s": statistics.median(seconds), "step_seconds": seconds}
 
 
