@@ -21,6 +21,7 @@ from typing import Any
 from rich.console import Console
 from transformers import AutoTokenizer
 
+from benchmarks.choices import shares_right
 from benchmarks.quality import task
 from benchmarks.quality.measure import cross_entropy, exact_match, load
 from benchmarks.quality.runs import FOLDER, TEACHER_BATCH, TEACHER_STEPS, trained_teacher
@@ -56,7 +57,7 @@ METHODS = (*STRATEGIES, "random", "kd", *LONGER, *CHAIN, "scratch", *OTHER_DEPTH
 RECORDS = 12_000
 """Of the teacher's data, in its order: what students train on; the one with the whole budget has all of it."""
 TESTED = 500
-"""Test problems that are answered."""
+"""Test problems that are answered, and made into questions."""
 EVERY = 10
 """Steps between the points of a curve."""
 
@@ -81,15 +82,16 @@ def main() -> None:
 
 
 def finished() -> list[Run]:
-    """What is in the results file."""
+    """What is in the results file; of a run that was done again, the last."""
     lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
     rows = [json.loads(line) for line in lines]
-    return [Run(**row | {"curve": {int(step): ce for step, ce in row["curve"].items()}}) for row in rows]
+    last = {(row["method"], row["seed"]): row for row in rows}
+    return [Run(**row | {"curve": {int(at): ce for at, ce in row["curve"].items()}}) for row in last.values()]
 
 
 def _open(done: Sequence[Run]) -> Iterator[tuple[str, int]]:
     """Runs that are still to be done: all methods with one seed, then with the next."""
-    known = {(result.method, result.seed) for result in done}
+    known = {(result.method, result.seed) for result in done if result.choices}
     return ((method, seed) for seed in SEEDS for method in METHODS if (method, seed) not in known)
 
 
@@ -105,15 +107,18 @@ def run(method: str, seed: int, console: Console) -> Run:
     lines = [json.loads(line) for line in (export.parent / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     tokenizer = AutoTokenizer.from_pretrained(teacher)
     held_out, test = task.read(DATA, "validation"), task.read(DATA, "test")[:TESTED]
+    student, whole = load(export), load(teacher)
     result = Run(
         method=method,
         seed=seed,
         steps=config["trainer"]["max_steps"],
         batch=config["trainer"]["batch_size"],
-        teacher_ce=cross_entropy(load(teacher), tokenizer, held_out),
+        teacher_ce=cross_entropy(whole, tokenizer, held_out),
         start_ce=cross_entropy(load(start), tokenizer, held_out),
-        end_ce=cross_entropy(load(export), tokenizer, held_out),
-        exact_match=exact_match(load(export), tokenizer, task.CHAIN_SUM, test),
+        end_ce=cross_entropy(student, tokenizer, held_out),
+        exact_match=exact_match(student, tokenizer, task.CHAIN_SUM, test),
+        choices=shares_right(student, tokenizer, test),
+        teacher_choices=shares_right(whole, tokenizer, test),
         curve={line["step"]: line["eval/cross_entropy"] for line in lines if "eval/cross_entropy" in line},
         tokens=sum(line["tokens/trained"] for line in lines),
         train_s=sum(line["time/step_s"] for line in lines),

@@ -1,8 +1,8 @@
 """What the finished runs of the truncation comparison show, as a part of docs/RESULTS.md."""
 
 import statistics
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 TITLES = {
@@ -58,6 +58,11 @@ class Run:
     """Time of the steps and the waits between them, start-up and evaluation apart."""
     flop_ratio: float
     """Of distillation to maximum likelihood for the same tokens, by the models' parameters."""
+    choices: dict[str, float] = field(default_factory=dict)
+    """Task of `benchmarks.choices` -> share of its questions that the student gets right; empty in a run from before
+    there were any, which is run again."""
+    teacher_choices: dict[str, float] = field(default_factory=dict)
+    """Likewise of the teacher."""
 
     @property
     def recovered(self) -> float:
@@ -108,8 +113,34 @@ def _found(runs: Sequence[Run]) -> list[str]:
         "",
         *rows,
         "",
+        *_chosen(runs),
         *_relations(runs),
     ]
+
+
+def _chosen(runs: Sequence[Run]) -> list[str]:
+    """Shares of multiple-choice questions, and their mean over the tasks, of the runs that were asked."""
+    asked = [run for run in runs if run.choices]
+    if not asked:
+        return []
+    teacher = asked[0].teacher_choices
+    lines = [
+        "Multiple choice, four options, scored by their mean log-likelihood (`benchmarks/choices.py`); chance is .250.",
+        "",
+        f"| student | seeds | {' | '.join(teacher)} | all |",
+        f"|---|---|{'---|' * len(teacher)}---|",
+        f"| the teacher | - | {' | '.join(f'{share:.3f}' for share in teacher.values())} | {_mean(teacher):.3f} |",
+    ]
+    for method, title in TITLES.items():
+        if own := [run for run in asked if run.method == method]:
+            shares = [_spread(own, lambda run, name=name: run.choices[name]) for name in teacher]
+            mean = _spread(own, lambda run: _mean(run.choices))
+            lines.append(f"| {title} | {len(own)} | {' | '.join(shares)} | {mean} |")
+    return [*lines, ""]
+
+
+def _mean(choices: Mapping[str, float]) -> float:
+    return statistics.fmean(choices.values())
 
 
 def _spread(runs: Sequence[Run], of: Callable[[Run], float], *, digits: int = 3) -> str:
@@ -143,7 +174,10 @@ def _relations(runs: Sequence[Run]) -> list[str]:
     for first, second, words in _ANSWERS:
         if compared := pairs(first, second):
             matches = ", ".join(f"{a.exact_match - b.exact_match:+.3f}" for a, b in compared)
-            found.append(f"- {words}: {matches} in exact match.")
+            chosen = ", ".join(
+                f"{_mean(a.choices) - _mean(b.choices):+.3f}" for a, b in compared if a.choices and b.choices
+            )
+            found.append(f"- {words}: {matches} in exact match{chosen and f'; {chosen} in multiple choice'}.")
     return found
 
 
@@ -167,6 +201,7 @@ _EXPECTED = (
 None where nothing is expected (Jha et al. for the rest)."""
 
 _ANSWERS = (
+    ("first_k", "random", "Truncated, against random weights at equal tokens"),
     ("equal_flops", "kd", "Teacher-free, against vanilla KD at equal FLOPs"),
     ("first_k", "both_ends", "The first layers, against both ends"),
     ("equal_flops", "both_ends_longer", "The same after the longer training"),

@@ -1,5 +1,8 @@
 """What the truncation comparison says of runs that are known."""
 
+import json
+from dataclasses import asdict
+
 import pytest
 
 from benchmarks.truncation import LAYERS, LONGER, METHODS, OTHER_DEPTHS, SEEDS, STRATEGIES, _config, _open, finished
@@ -19,6 +22,8 @@ def a_run(method="first_k", seed=0, end_ce=0.2, **changes):
         "start_ce": 1.1,
         "end_ce": end_ce,
         "exact_match": 0.5,
+        "choices": {"a": 0.5, "b": 1.0},
+        "teacher_choices": {"a": 1.0, "b": 1.0},
         "curve": {10: end_ce + 0.5, 20: end_ce},
         "tokens": 1000,
         "train_s": 3.0,
@@ -42,6 +47,9 @@ def test_the_page_gets_paired_differences_between_its_marks(tmp_path):
     assert "| first 3 layers | 2 | 120 x 32 | 1.00 | 1.100 ± 0.000 | 0.7000 ± 0.7071 | 40.0% |" in text
     assert "-0.3000, -1.3000 nats; at most -0.1 expected: **found**" in text
     assert "throughout: **found**" in text
+    teacher, first = "| the teacher | - | 1.000 | 1.000 | 1.000 |", "| 0.500 ± 0.000 | 1.000 ± 0.000 | 0.750 ± 0.000 |"
+    assert f"{teacher}\n| first 3 layers | 2 {first}\n" in text
+    assert "weights at equal tokens: +0.000, +0.000 in exact match; +0.000, +0.000 in multiple choice." in text
     assert "90.0%, -10.0% is won back; at least 80 % expected: **not found** (1 of 2)" in text
     assert "vanilla KD at" not in text, "what has no run is not compared"
     write_tables([*runs, a_run(seed=2, end_ce=0.9), a_run("random", 2, end_ce=0.8)], page)
@@ -96,3 +104,21 @@ def test_the_default_is_what_did_best_with_half_of_the_layers():
 def test_it_goes_on_where_it_stopped():
     done = [a_run(method) for method in METHODS if method != "kd"]
     assert list(_open(done))[:2] == [("kd", 0), (METHODS[0], 1)]
+
+
+def test_a_run_that_was_asked_nothing_is_done_again_and_counts_until_then(tmp_path, monkeypatch):
+    older, other = a_run(choices={}, teacher_choices={}, end_ce=0.4), a_run("random", end_ce=0.8)
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr("benchmarks.truncation.RESULTS", results)
+    lines = [json.dumps(asdict(run)) for run in (older, other)]
+    results.write_text("\n".join(lines) + "\n")
+    assert finished() == [older, other] and next(_open(finished())) == ("first_k", 0)
+    page = tmp_path / "RESULTS.md"
+    page.write_text("<!-- truncation: begin -->\n<!-- truncation: end -->\n")
+    write_tables(finished(), page)
+    text = page.read_text()
+    assert "| first 3 layers | 1 | 120 x 32 |" in text and "| first 3 layers | 1 | 0.5" not in text
+    assert "weights at equal tokens: +0.000 in exact match." in text
+    newer = a_run(end_ce=0.3)
+    results.write_text("\n".join([*lines, json.dumps(asdict(newer))]) + "\n")
+    assert finished() == [newer, other] and ("first_k", 0) not in list(_open(finished()))
