@@ -47,6 +47,7 @@ def run_part(part: str) -> dict[str, Any] | None:
     command = [sys.executable, "-m", _module(part), "--output", str(output), *device]
     done = subprocess.run(command, check=False)
     if done.returncode:
+        output.unlink(missing_ok=True)  # nor one that is not whole
         return None
     found = json.loads(output.read_text(encoding="utf-8"))
     return {"found": found, "minutes": round((time.monotonic() - begun) / 60, 2)}
@@ -111,6 +112,7 @@ def main(
     console = Console()
     FOLDER.mkdir(parents=True, exist_ok=True)
     parts = _parts_in(SUMMARY) if part or device == "cuda" else {}
+    new: dict[str, Any] = {}
     failed = []
     for name in (name for name in there if not part or name in part):
         console.rule(name)
@@ -118,11 +120,11 @@ def main(
         if measured is None:
             failed.append(name)
         else:
-            parts[name] = measured
-        _write(SUMMARY, summarised(parts))
+            new[name] = measured
+        _write(SUMMARY, summarised(parts | new))
     if keep:
-        record(parts)
-    for name, value in summarised(parts).items():
+        record(new)
+    for name, value in summarised(parts | new).items():
         if isinstance(value, float):
             console.print(f"{name} {value:.3g}")
     if failed:

@@ -24,8 +24,10 @@ from transformers import AutoTokenizer
 from benchmarks.choices import shares_right
 from benchmarks.quality import task
 from benchmarks.quality.measure import cross_entropy, exact_match, load
+from benchmarks.quality.report import summary, write_summary
+from benchmarks.quality.results import read_results
 from benchmarks.quality.runs import FOLDER, TEACHER_BATCH, TEACHER_STEPS, trained_teacher
-from benchmarks.truncation_tables import Run, write_tables
+from benchmarks.truncation_tables import RESULTS, Run, finished, write_tables
 from gkd.compress.flops import vanilla_kd_ratio
 from gkd.config import parse_config
 from launch.init_student import InitStudentRequest, run_init_student
@@ -33,7 +35,6 @@ from launch.ray_session import ray_session
 from launch.train import run_training
 
 DATA = task.task_folder(FOLDER, task.CHAIN_SUM)
-RESULTS = Path(__file__).parent / "results" / "truncation.jsonl"
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "RESULTS.md"
 LAYERS = 3
 STEPS = 120
@@ -79,19 +80,12 @@ def main() -> None:
                     file.write(json.dumps(asdict(result)) + "\n")
                 console.print(f"{method}, seed {seed}: {result.start_ce:.3f} -> {result.end_ce:.4f} nats")
     write_tables(finished(), PAGE)
-
-
-def finished() -> list[Run]:
-    """What is in the results file; of a run that was done again, the last."""
-    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
-    rows = [json.loads(line) for line in lines]
-    last = {(row["method"], row["seed"]): row for row in rows}
-    return [Run(**row | {"curve": {int(at): ce for at, ce in row["curve"].items()}}) for row in last.values()]
+    write_summary(summary(read_results()), FOLDER)
 
 
 def _open(done: Sequence[Run]) -> Iterator[tuple[str, int]]:
     """Runs that are still to be done: all methods with one seed, then with the next."""
-    known = {(result.method, result.seed) for result in done if result.choices}
+    known = {(result.method, result.seed) for result in done}
     return ((method, seed) for seed in SEEDS for method in METHODS if (method, seed) not in known)
 
 

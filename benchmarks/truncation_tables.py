@@ -1,8 +1,9 @@
 """What the finished runs of the truncation comparison show, as a part of docs/RESULTS.md."""
 
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 TITLES = {
@@ -27,6 +28,8 @@ TITLES = {
     "spaced_from_first_4": "evenly from the first (0, 1, 3, 4)",
 }
 """Method -> its name in the table, in the table's order."""
+RESULTS = Path(__file__).parent / "results" / "truncation.jsonl"
+"""A line for each finished run."""
 _BEGIN, _END = "<!-- truncation: begin -->", "<!-- truncation: end -->"
 
 
@@ -58,10 +61,9 @@ class Run:
     """Time of the steps and the waits between them, start-up and evaluation apart."""
     flop_ratio: float
     """Of distillation to maximum likelihood for the same tokens, by the models' parameters."""
-    choices: dict[str, float] = field(default_factory=dict)
-    """Task of `benchmarks.choices` -> share of its questions that the student gets right; empty in a run from before
-    there were any, which is run again."""
-    teacher_choices: dict[str, float] = field(default_factory=dict)
+    choices: dict[str, float]
+    """Task of `benchmarks.choices` -> share of its questions that the student gets right."""
+    teacher_choices: dict[str, float]
     """Likewise of the teacher."""
 
     @property
@@ -73,6 +75,13 @@ class Run:
     def flops(self) -> float:
         """Of the run's own steps without generation, in units of one sample's maximum likelihood."""
         return self.steps * self.batch * (self.flop_ratio if self.method in ("kd", "then_gkd") else 1.0)
+
+
+def finished() -> list[Run]:
+    """What is in the results file."""
+    lines = RESULTS.read_text(encoding="utf-8").splitlines() if RESULTS.exists() else []
+    rows = [json.loads(line) for line in lines]
+    return [Run(**row | {"curve": {int(at): ce for at, ce in row["curve"].items()}}) for row in rows]
 
 
 def write_tables(runs: Sequence[Run], page: Path) -> None:
@@ -119,11 +128,8 @@ def _found(runs: Sequence[Run]) -> list[str]:
 
 
 def _chosen(runs: Sequence[Run]) -> list[str]:
-    """Shares of multiple-choice questions, and their mean over the tasks, of the runs that were asked."""
-    asked = [run for run in runs if run.choices]
-    if not asked:
-        return []
-    teacher = asked[0].teacher_choices
+    """Shares of multiple-choice questions, and their mean over the tasks."""
+    teacher = runs[0].teacher_choices
     lines = [
         "Multiple choice, four options, scored by their mean log-likelihood (`benchmarks/choices.py`); chance is .250.",
         "",
@@ -132,7 +138,7 @@ def _chosen(runs: Sequence[Run]) -> list[str]:
         f"| the teacher | - | {' | '.join(f'{share:.3f}' for share in teacher.values())} | {_mean(teacher):.3f} |",
     ]
     for method, title in TITLES.items():
-        if own := [run for run in asked if run.method == method]:
+        if own := [run for run in runs if run.method == method]:
             shares = [_spread(own, lambda run, name=name: run.choices[name]) for name in teacher]
             mean = _spread(own, lambda run: _mean(run.choices))
             lines.append(f"| {title} | {len(own)} | {' | '.join(shares)} | {mean} |")
@@ -174,10 +180,8 @@ def _relations(runs: Sequence[Run]) -> list[str]:
     for first, second, words in _ANSWERS:
         if compared := pairs(first, second):
             matches = ", ".join(f"{a.exact_match - b.exact_match:+.3f}" for a, b in compared)
-            chosen = ", ".join(
-                f"{_mean(a.choices) - _mean(b.choices):+.3f}" for a, b in compared if a.choices and b.choices
-            )
-            found.append(f"- {words}: {matches} in exact match{chosen and f'; {chosen} in multiple choice'}.")
+            chosen = ", ".join(f"{_mean(a.choices) - _mean(b.choices):+.3f}" for a, b in compared)
+            found.append(f"- {words}: {matches} in exact match; {chosen} in multiple choice.")
     return found
 
 

@@ -16,6 +16,10 @@ from gkd.head import Head
 from gkd.logits import HeadLogits, JoinedLogits, Logits, MixtureLogits, WholeLogits, hidden_of, raised, tempered
 from gkd.signals import FullLogits, HiddenStates, Mixture, SampledLogprobs, TeacherSignal, TopK
 
+IMPOSSIBLE = -1e4
+"""Log-probability of an outcome that neither model can have: its probability is 0 in float32, and what is computed of
+it is 0, where with -inf a difference of both would be NaN."""
+
 
 class TeacherView(Protocol):
     """The teacher, as objectives see it."""
@@ -90,7 +94,8 @@ class TopKView:
         self._sampled_T = _joined([signal.sampled_T for signal in signals], device)
 
     def pair(self, student_tV: torch.Tensor, span: slice, *, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both over K tokens and the bucket: log-probabilities [t, K + 1]."""
+        """Both over K tokens and the bucket: log-probabilities [t, K + 1], `IMPOSSIBLE` on both sides where a token has
+        fewer than K, or all rows are among them."""
         _check(temperature, self._temperature)
         ids_tK = self._ids_TK[span]
         none_tK = ids_tK < 0
@@ -100,7 +105,8 @@ class TopKView:
         chosen_tK = student_tV.gather(-1, rows_tK).masked_fill(none_tK, -torch.inf)
         tail_t1 = _logsumexp(student_tV.scatter(-1, rows_tK, -torch.inf))
         student_tW = torch.cat([chosen_tK, tail_t1], dim=-1)
-        return student_tW, torch.cat([self._logprobs_TK[span], self._tail_T[span].unsqueeze(-1)], dim=-1)
+        teacher_tW = torch.cat([self._logprobs_TK[span], self._tail_T[span].unsqueeze(-1)], dim=-1)
+        return student_tW.clamp(min=IMPOSSIBLE), teacher_tW.clamp(min=IMPOSSIBLE)
 
     def sampled_logprobs(self, ids_t: torch.Tensor, span: slice, *, temperature: float) -> torch.Tensor:
         """As the teacher sent them."""

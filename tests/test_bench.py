@@ -64,6 +64,7 @@ def parts(tmp_path, monkeypatch):
         assert command[5:] == (["--device=cuda"] if command[4].endswith("_cuda.json") else [])
         part, output = command[2].removeprefix("benchmarks."), Path(command[4])
         if numbers[part] is None:
+            output.write_text("not whole", encoding="utf-8")
             return SimpleNamespace(returncode=1)
         output.write_text(json.dumps({"number": numbers[part]}), encoding="utf-8")
         return SimpleNamespace(returncode=0)
@@ -127,6 +128,9 @@ def test_recording_one_part_keeps_what_is_recorded_of_the_others(parts):
     bench.main(part=["drawn"], device="cpu", keep=False)
     assert kept(bench.SUMMARY) == {"plain": 3, "drawn": 2}
     assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}
+    parts["drawn"] = 4
+    bench.main(part=["plain"], device="cpu", keep=True)
+    assert kept(bench.RECORD) == {"drawn": 7, "broken": 7, "plain": 3}, "what was measured before is not recorded"
 
 
 def test_the_page_has_a_parts_plot_above_its_table(parts):

@@ -6,12 +6,14 @@ from itertools import chain
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from rich.console import Console
+from tiny import make_model
 
 from benchmarks import growth, overlap, plan, sync, transport
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import cases, plot, table
+from benchmarks.speed import cases, floor, plot, table
 from benchmarks.speed.ours import config_tree
 from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
@@ -237,6 +239,7 @@ def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path)
         ran.append((system, *arguments))
         step_s = {("ours", "0"): 2.0, ("ours", "1"): 1.0, ("peer",): 5.0}.get(ran[-1], 0.0)
         parts = {"rollout_s": 0.5, "teacher_s": 0.25, "train_s": 0.75, "optimizer_s": 0.5}
+        parts |= {"products_flop": 3e9, "products_per_s": 2e9}
         told = {"step_s": step_s, "step_seconds": [0.9 * step_s, step_s, 1.1 * step_s], "start_s": 7.4}
         return told | {"memory": {"largest": 2e9, "idle": 1e9, "peak": 1.5e9}} | parts
 
@@ -251,10 +254,38 @@ def test_a_case_is_measured_in_streaming_where_it_says_so(monkeypatch, tmp_path)
     assert plain["ratios"] == on_policy and sorted(ran) == [("floor",), ("ours", "0"), ("peer",)]
     *_, first, second = table({"cases": [streamed, plain]})
     steps = "| tiny | 5.000, 4.500 to 5.500 | 2.000, 1.800 to 2.200 | 1.000, 0.900 to 1.100 |"
-    assert first.startswith(f"{steps} 0.500 + 0.250 + 0.750 + 0.500 | 2.50 | 1.00 |") and first.endswith("| 7 | 7 |")
+    assert first.startswith(f"{steps} 0.500 + 0.250 + 0.750 + 0.500 | 3 | 1.500 | 2.50 | 1.00 |") and first.endswith(
+        "| 7 | 7 |"
+    )
     assert second == first.replace("| 1.000, 0.900 to 1.100 |", "| - |")
     plot({"cases": [streamed, plain]}, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").stat().st_size > 0
+
+
+def test_products_are_counted_wherever_they_are_written(written):
+    """Also those that are added to what is there (the head's gradient), which torch's own counter leaves out."""
+    left, right, total = torch.randn(3, 5), torch.randn(5, 7), torch.zeros(3, 7)
+    with floor.counted_products() as products:
+        left @ right
+        total.addmm_(left, right)
+    assert products.get_total_flops() == 2 * (2 * 3 * 5 * 7)
+    student = make_model("llama", tied=True)
+    ids = torch.zeros(2, 6, dtype=torch.long)
+    with floor.counted_products() as products:
+        student(ids, logits_to_keep=4)
+    matrices = [parameter.numel() for parameter in student.model.layers.parameters() if parameter.ndim == 2]
+    head = student.lm_head.weight.numel()
+    assert products.get_total_flops() == 2 * (2 * 6 * sum(matrices) + 2 * 4 * head)
+
+
+def test_an_engine_s_products_are_those_of_every_token(written):
+    """To one in a hundred: vectors are counted as if they were matrices."""
+    shape, [batch, *_] = TINY.pair.student, cases.batches(written)
+    width, inner = shape.width, 3 * shape.width
+    layer = 4 * width * width + 3 * width * inner
+    tokens, new = sum(len(ids) + length for ids, length in batch), sum(length for _, length in batch)
+    expected = 2 * (shape.layers * layer * tokens + 17 * width * new)
+    assert floor.generation_flop(written) == pytest.approx(expected, rel=0.01)
 
 
 def test_the_sync_students_have_the_parameters_that_they_are_named_after():

@@ -5,8 +5,8 @@ from dataclasses import asdict
 
 import pytest
 
-from benchmarks.truncation import LAYERS, LONGER, METHODS, OTHER_DEPTHS, SEEDS, STRATEGIES, _config, _open, finished
-from benchmarks.truncation_tables import TITLES, Run, write_tables
+from benchmarks.truncation import LAYERS, LONGER, METHODS, OTHER_DEPTHS, SEEDS, STRATEGIES, _config, _open
+from benchmarks.truncation_tables import TITLES, Run, finished, write_tables
 from gkd.compress.strategies import DEFAULT_STRATEGY
 from gkd.compress.strategies import STRATEGIES as KNOWN
 from gkd.config import parse_config
@@ -106,19 +106,15 @@ def test_it_goes_on_where_it_stopped():
     assert list(_open(done))[:2] == [("kd", 0), (METHODS[0], 1)]
 
 
-def test_a_run_that_was_asked_nothing_is_done_again_and_counts_until_then(tmp_path, monkeypatch):
-    older, other = a_run(choices={}, teacher_choices={}, end_ce=0.4), a_run("random", end_ce=0.8)
-    results = tmp_path / "results.jsonl"
-    monkeypatch.setattr("benchmarks.truncation.RESULTS", results)
-    lines = [json.dumps(asdict(run)) for run in (older, other)]
-    results.write_text("\n".join(lines) + "\n")
-    assert finished() == [older, other] and next(_open(finished())) == ("first_k", 0)
-    page = tmp_path / "RESULTS.md"
-    page.write_text("<!-- truncation: begin -->\n<!-- truncation: end -->\n")
-    write_tables(finished(), page)
-    text = page.read_text()
-    assert "| first 3 layers | 1 | 120 x 32 |" in text and "| first 3 layers | 1 | 0.5" not in text
-    assert "weights at equal tokens: +0.000 in exact match." in text
-    newer = a_run(end_ce=0.3)
-    results.write_text("\n".join([*lines, json.dumps(asdict(newer))]) + "\n")
-    assert finished() == [newer, other] and ("first_k", 0) not in list(_open(finished()))
+def test_a_finished_run_is_read_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.truncation_tables.RESULTS", tmp_path / "results.jsonl")
+    assert finished() == []
+    runs = [a_run(), a_run("random", end_ce=0.8)]
+    lines = [json.dumps(asdict(run)) for run in runs]
+    (tmp_path / "results.jsonl").write_text("\n".join(lines) + "\n")
+    assert finished() == runs
+
+
+def test_every_run_is_recorded_once():
+    runs = finished()
+    assert sorted((run.method, run.seed) for run in runs) == sorted((method, s) for method in METHODS for s in SEEDS)

@@ -1,9 +1,13 @@
 """`make bench-quality`: runs of the comparison, one after the other, then tables and plots of all that are done.
 
+Then the comparison of truncated students (`benchmarks.truncation`) goes on.
+
 Finished runs are lines of benchmarks/results/quality.jsonl and are not done again: the whole takes hours, in parts.
 """
 
 import os
+import subprocess
+import sys
 import time
 from typing import Annotated
 
@@ -24,7 +28,9 @@ from benchmarks.quality.runs import FOLDER, run
 
 def main(
     minutes: Annotated[float, typer.Option(help="Begin no further run after so many minutes.")] = 24 * 60,
-    method: Annotated[list[str] | None, typer.Option(help="Compare these methods alone.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help="Compare these methods alone, and leave truncation out.")
+    ] = None,
 ) -> None:
     """Do what is not done yet of the comparison."""
     unknown = sorted(set(method or ()) - METHODS.keys())
@@ -52,6 +58,10 @@ def main(
     if results:
         write(results, FOLDER)
         console.print(f"{len(results)} runs: {PAGE} and {FOLDER / 'summary.json'}")
+    if not method:
+        ray.shutdown()
+        left = max(0.0, (ends - time.monotonic()) / 60)
+        subprocess.run([sys.executable, "-m", "benchmarks.truncation", f"--minutes={left}"], check=True)
 
 
 if __name__ == "__main__":

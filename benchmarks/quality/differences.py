@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from benchmarks.quality.methods import OTHERS
 from benchmarks.quality.plan import STEPS, TIMED
 from benchmarks.quality.results import Result
 from benchmarks.quality.task import SETTINGS
@@ -43,6 +44,12 @@ ACCURACY = (
     Comparison(first="gkd_jsd_0.5", second="sft"),
 )
 """Of exact match."""
+OF_OTHERS = tuple(
+    Comparison(first=method, second=second)
+    for second in ("sft", "kd", "gkd_forward_kl", "gkd_jsd_0.5")
+    for method in OTHERS
+)
+"""Of exact match, of the methods that fewer students were trained with."""
 IN_EQUAL_TIME = (
     Comparison(first="gkd_jsd_0.5", second="sft"),
     Comparison(first="gkd_reverse_kl", second="sft"),
@@ -125,6 +132,8 @@ class Difference:
     """95 % by Student's t over the students; None of one student."""
     positive: int
     """Students whose difference is above 0."""
+    negative: int
+    """Students whose difference is below 0."""
     students: int
     """Warm starts that both began with."""
 
@@ -187,5 +196,6 @@ def _difference(setting: str, comparison: Comparison, values: Sequence[float]) -
         mean=mean,
         interval=interval,
         positive=sum(value > 0 for value in values),
+        negative=sum(value < 0 for value in values),
         students=len(values),
     )

@@ -10,6 +10,7 @@ from typing import Any
 from benchmarks.quality.differences import (
     ACCURACY,
     IN_EQUAL_TIME,
+    OF_OTHERS,
     RELATIONS,
     WARM,
     differences,
@@ -21,6 +22,7 @@ from benchmarks.quality.plan import chosen_rate
 from benchmarks.quality.plots import plot
 from benchmarks.quality.results import Result
 from benchmarks.quality.task import SETTINGS, SORTING
+from benchmarks.truncation_tables import finished
 
 PAGE = Path("docs/RESULTS.md")
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -46,12 +48,21 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         name: [asdict(pair) for pair in differences(runs, comparisons) if _is_measured(pair.setting, pair.metric)]
         for name, runs, comparisons in (
             ("differences", equal_steps(results), ACCURACY),
+            ("differences_of_others", equal_steps(results), OF_OTHERS),
             ("differences_in_equal_time", equal_time(results), IN_EQUAL_TIME),
             ("relations", equal_steps(results), RELATIONS),
         )
     }
     rates = {method: rate for method in TITLES if (rate := chosen_rate(results, method)) is not None}
     return {"runs": len(results), "learning_rates": rates, "methods": rows} | compared
+
+
+def write_summary(numbers: dict[str, Any], folder: Path) -> None:
+    """`summary.json`: of the objectives' comparison these numbers, and the finished runs of the truncation's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    truncated = [asdict(run) | {"recovered": run.recovered} for run in finished()]
+    path = folder / "summary.json"
+    path.write_text(json.dumps(numbers | {"truncation": truncated}, indent=1) + "\n", encoding="utf-8")
 
 
 _COLUMNS = {
@@ -68,6 +79,7 @@ _STEPWISE = {"whole_match": "whole trace right", "sampled_recovered": "right aft
 
 _DIFFERENCES = {
     "differences": "Paired differences of exact match, from one warm start",
+    "differences_of_others": "The same of the methods with three students",
     "differences_in_equal_time": "The same in equal time, the second of each with more steps",
 }
 
@@ -87,10 +99,9 @@ def _mean_and_spread(members: Sequence[Result], name: str) -> dict[str, float | 
 
 
 def write(results: Sequence[Result], folder: Path) -> None:
-    """`summary.json` and the plots in `folder`, and the tables into the page."""
+    """`summary.json` in `folder`, the plots, and the tables into the page."""
     numbers = summary(results)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "summary.json").write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    write_summary(numbers, folder)
     plot(equal_steps(results), Path("docs/results.png"))
     before, rest = PAGE.read_text(encoding="utf-8").split(_BEGIN)
     after = rest.split(_END)[1]
@@ -110,7 +121,9 @@ def _tables(numbers: dict[str, Any]) -> str:
         lines += [f"### Setting {setting}, teacher {teacher}", ""]
         lines += ["| method | steps | students | learning rate | before | " + " | ".join(titles) + " | s |"]
         lines += ["|---|---|---|---|---|" + "---|" * (len(titles) + 1)]
-        lines += [_row(row) for row in sorted(rows, key=lambda row: -row["exact_match"]["mean"])] + [""]
+        # Means of other students are no rank: students differ more than methods.
+        ordered = sorted(rows, key=lambda row: (-len(row["seeds"]), -row["exact_match"]["mean"]))
+        lines += [*map(_row, ordered), ""]
     for name, title in _DIFFERENCES.items():
         if numbers[name]:
             lines += [f"### {title}", ""]
@@ -150,7 +163,7 @@ def _verdict(pair: dict[str, Any]) -> str:
     """Whether the expected sign came out: in every student, in their mean alone, or not."""
     if pair["expected"] is None:
         return "-"
-    agree = pair["positive"] if pair["expected"] == "above" else pair["students"] - pair["positive"]
+    agree = pair["positive"] if pair["expected"] == "above" else pair["negative"]
     if agree == pair["students"]:
         return "yes, in every student"
     return "in the mean" if (pair["mean"] > 0) == (pair["expected"] == "above") else "no"

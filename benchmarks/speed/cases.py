@@ -125,7 +125,7 @@ CASES = {
     case.name: case
     for case in (
         Case(name="fixed_32k_b16", pair=LARGE, batch=16, streams=False, peer_warm_up=0, **_FIXED),
-        Case(name="fixed_32k_b32", pair=LARGE, batch=32, steps=2, peer_warm_up=0, **_FIXED),
+        Case(name="fixed_32k_b32", pair=LARGE, batch=32, peer_warm_up=0, **_FIXED),
         Case(
             name="natural_32k_b32",
             pair=LARGE,

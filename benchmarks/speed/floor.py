@@ -1,7 +1,7 @@
 """The parts that no design can leave out, each alone on the batches of a case: `benchmarks.speed.floor FOLDER OUTPUT`.
 
 The engine generates; the teacher reads; the student reads, is compared with its teacher and learns; the optimizer
-steps.
+steps. Beside them: how many operations the matrix products of all that take, and how fast the cores make large ones.
 """
 
 import json
@@ -17,6 +17,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import ray
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.speed.cases import Case, batches, lengths_by_prompt, read_case
 from benchmarks.speed.ours import SettledWorkers
@@ -40,7 +41,7 @@ _TOKENS_PER_MICRO_BATCH = 4096
 
 
 def measure(case: Case) -> dict[str, float]:
-    """Medians over the steps that count, in seconds."""
+    """Medians over the steps that count, in seconds; `products_flop` of one step, `products_per_s` of the cores."""
     rollouts, rollout_s = _generate(case)
     teacher = HfTeacher(
         TeacherSettings(
@@ -58,7 +59,7 @@ def measure(case: Case) -> dict[str, float]:
             [ScoredRollout(rollout=rollout, signal=signal) for rollout, signal in zip(batch, signals, strict=True)]
         )
 
-    teacher_s = _median(case, score, rollouts)
+    teacher_s, teacher_flop = _alone(case, score, rollouts)
     student = load_causal_lm(str(case.folder / "student"), dtype="float32", init="pretrained")
     signals = SentSignals(rows=case.pair.vocabulary, device=torch.device("cpu"))
     signals.take_heads({"teacher": teacher.head()})
@@ -76,10 +77,17 @@ def measure(case: Case) -> dict[str, float]:
             _forward(micro, objective, batch, share, places).backward()
 
     student.train()
-    train_s = _median(case, learn, scored)
+    train_s, train_flop = _alone(case, learn, scored)
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-6)
-    optimizer_s = _median(case, lambda _: optimizer.step(), scored)
-    return {"rollout_s": rollout_s, "teacher_s": teacher_s, "train_s": train_s, "optimizer_s": optimizer_s}
+    optimizer_s, _ = _alone(case, lambda _: optimizer.step(), scored)
+    return {
+        "rollout_s": rollout_s,
+        "teacher_s": teacher_s,
+        "train_s": train_s,
+        "optimizer_s": optimizer_s,
+        "products_flop": generation_flop(case) + teacher_flop + train_flop,
+        "products_per_s": products_per_s(),
+    }
 
 
 def _forward(
@@ -108,7 +116,7 @@ def _generate(case: Case) -> tuple[list[list[Rollout]], float]:
     with ray_session(), SettledWorkers([Place("rollout", 1, 0)], lengths_by_prompt(case)) as workers:
         actor = workers.start("rollout", RolloutActor, settings)
         workers.wait_ready(300)
-        seconds = _median(
+        seconds, _ = _alone(
             case, lambda batch: made.append(list(generate(actor, batch, temperature=1.0, timeout_s=600))), prompts
         )
     assert not ray.is_initialized()
@@ -140,13 +148,48 @@ def engine_settings(model: Path, *, vocabulary: int, prompt_tokens: int, new_tok
     )
 
 
-def _median(case: Case, work: Callable[[Any], None], batches: Sequence[Any]) -> float:
+def _alone(case: Case, work: Callable[[Any], None], batches: Sequence[Any]) -> tuple[float, float]:
+    """Median seconds of the batches that count, and the operations of the matrix products that this process made for
+    one of those before."""
+    with counted_products() as products:
+        for batch in batches[: case.warm_up]:
+            work(batch)
     seconds = []
-    for batch in batches:
+    for batch in batches[case.warm_up :]:
         start = time.perf_counter()
         work(batch)
         seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[case.warm_up :])
+    return statistics.median(seconds), products.get_total_flops() / case.warm_up
+
+
+def counted_products() -> FlopCounterMode:
+    """Counts a multiplication and an addition as two; torch's own counter, which leaves out `addmm_`, and attention on
+    CPUs."""
+
+    def flop(_total: Any, left: Sequence[int], right: Sequence[int], **_rest: Any) -> int:
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: flop})
+
+
+def generation_flop(case: Case) -> int:
+    """Of the products that an engine needs for a batch: two operations for each parameter and token, the head's for
+    new tokens alone."""
+    shape, vocabulary = case.pair.student, case.pair.vocabulary
+    parameters, batch = shape.parameters(vocabulary), batches(case)[0]
+    of_layers = parameters - vocabulary * shape.width
+    return 2 * sum(len(ids) * of_layers + length * parameters for ids, length in batch)
+
+
+def products_per_s() -> float:
+    """Float32 operations a second of a product that is large enough to be fast, 2,048 x 2,048 x 2,048; best of five."""
+    left, right = torch.randn(2, 2048, 2048)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        seconds.append(time.perf_counter() - start)
+    return 2 * 2048**3 / min(seconds)
 
 
 def main() -> None:

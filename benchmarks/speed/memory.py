@@ -9,8 +9,8 @@ from typing import Any
 import psutil
 
 EVERY_S = 0.5
-_MORE = 1.02
-"""More is what grew by 2 %."""
+_MORE_BYTES = 20_000_000
+"""Growth of what is resident after which PSS is asked again: how exact its peak is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +65,7 @@ class MemoryWatch:
     def _go_on(self) -> None:
         while not self._done.wait(EVERY_S):
             resident = self._resident()
-            if resident > _MORE * self._most_resident:
+            if resident > self._most_resident + _MORE_BYTES:
                 self._most_resident = resident
                 self._peak = max(self._peak, self._shared_out())
 

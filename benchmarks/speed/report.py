@@ -27,7 +27,7 @@ def ratios(found: Mapping[str, Any]) -> dict[str, float]:
 def table(found: Mapping[str, Any]) -> list[str]:
     """Seconds, ratios and memory: a row for each case."""
     columns = ("case", "TRL (s): median, fastest to slowest", "gkd (s)", "staleness 1 (s)")
-    columns += ("rollout + teacher + train + optimizer alone (s)",)
+    columns += ("rollout + teacher + train + optimizer alone (s)", "products of these (GFLOP)", "they alone (s)")
     columns += (
         "over TRL's speed",
         "over the parts",
@@ -49,6 +49,8 @@ def _row(case: Mapping[str, Any]) -> list[str]:
         _steps(ours),
         _steps(case["gkd_streaming"]) if "gkd_streaming" in case else "-",
         " + ".join(f"{case['floor'][part]:.3f}" for part in _PARTS),
+        f"{case['floor']['products_flop'] / 1e9:.0f}",
+        f"{case['floor']['products_flop'] / case['floor']['products_per_s']:.3f}",
         f"{case['ratios']['vs_trl']:.2f}",
         f"{case['ratios']['floor_ratio']:.2f}",
         *(f"{system['memory']['largest'] / 1e9:.2f}" for system in (ours, trl)),

@@ -57,6 +57,7 @@ class Sum:
             UserError: if no signal of the teacher serves all terms.
         """
         self.terms = tuple(term.objective for term in terms)
+        self.adversaries = tuple(adversary for term in terms for adversary in _of_its_text(term))
         self.requires = _common_requirement(terms, field)
         self.staleness: Staleness = max((term.staleness for term in self.terms), key=_BY_SENSITIVITY.index)
         self.needs_sampler_logprobs = any(term.needs_sampler_logprobs for term in self.terms)
@@ -88,6 +89,12 @@ def term_names(types: Sequence[str]) -> list[str]:
         kind if types.count(kind) == 1 else f"{kind}_{types[: place + 1].count(kind)}"
         for place, kind in enumerate(types)
     ]
+
+
+def _of_its_text(term: Term) -> list[Adversary]:
+    """A term's adversaries; they learn on the text that the term is of."""
+    own = adversaries_of(term.objective)
+    return own if term.only is None else [WeightedAdversary(adversary, _Only(term.only)) for adversary in own]
 
 
 def _reweighted(inputs: ObjectiveInputs, factors_T: torch.Tensor) -> ObjectiveInputs:
@@ -152,6 +159,17 @@ class TokenWeight(Protocol):
     def __call__(self, inputs: ObjectiveInputs) -> torch.Tensor:
         """[T] weights, without a graph."""
         ...
+
+
+@dataclass(slots=True)
+class _Only:
+    """1 where a token is of one side's text, else 0."""
+
+    side: Literal["student", "dataset"]
+    requires: frozenset[SignalKind] = frozenset()
+
+    def __call__(self, inputs: ObjectiveInputs) -> torch.Tensor:
+        return _chosen(inputs, self.side).float()
 
 
 class WeightedTokens:

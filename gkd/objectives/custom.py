@@ -5,6 +5,7 @@ Legend: T response tokens, V rows.
 
 from typing import Any, get_args
 
+import numpy as np
 import torch
 
 from gkd.errors import UserError
@@ -142,7 +143,10 @@ def _problem_of_output(objective: Any, inputs: ObjectiveInputs) -> str | None:
             return "counts tokens that the inputs' mask leaves out"
         if not output.loss_T.requires_grad:
             return "returned a loss_T that does not depend on the student (no graph)"
-        weighted_sum(output.loss_T, torch.ones(num_tokens), output.mask_T).backward()
+        loss = weighted_sum(output.loss_T, torch.ones(num_tokens), output.mask_T)
+        if not loss.isfinite():
+            return f"returned a loss that is {loss.item()}"
+        loss.backward()
     except Exception as error:  # the user's own code may fail in any way
         return f"fails when called: {_reason(error)}"
     return None
@@ -214,5 +218,11 @@ def _signal(kind: SignalKind, ids_T: torch.Tensor, temperature: float) -> Teache
         case _:
             others_TV = log_p_TV.scatter(-1, ids_T.unsqueeze(-1), -torch.inf)
             ids_T1 = ids_T.unsqueeze(-1).int().numpy()
-            tail_T = others_TV.logsumexp(-1).numpy()
-            return TopK(ids_T1, sampled_T[:, None], tail_T, sampled_T, temperature)
+            none_T1 = np.full_like(ids_T1, -1)  # as of a token that both chose
+            return TopK(
+                ids_TK=np.concatenate([none_T1, ids_T1], axis=-1),
+                logprobs_TK=np.stack([np.full_like(sampled_T, -np.inf), sampled_T], axis=-1),
+                tail_T=others_TV.logsumexp(-1).numpy(),
+                sampled_T=sampled_T,
+                temperature=temperature,
+            )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rollout.weights.packed import held_modules
+from rollout.weights.packed import for_engine, held_modules
 
 BACKEND = "object_store"
 
@@ -85,20 +85,6 @@ def _bucket(tensors: list[tuple[str, torch.Tensor]], tied: dict[str, str]) -> Bu
     )
 
 
-def named_for_engine(bucket: Bucket, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """The bucket's tensors, and its aliases where the engine's model holds them.
-
-    With tied embeddings some of vLLM's models keep a head module of their own (Qwen2, GPT-2, OPT): if they are not sent
-    the alias they serve the *old* head, silently. Others have no such module (Gemma-2) and refuse it.
-    """
-    held = held_modules(model)
-    aliases = {name: alias for alias, name in bucket.tied.items() if alias.split(".")[-2] in held}
-    for name, tensor in bucket.tensors():
-        yield name, tensor
-        if name in aliases:
-            yield aliases[name], tensor
-
-
 def register() -> None:
     """Make the receiver known to vLLM. Called by vLLM in each of its processes (entry point `vllm.general_plugins`)."""
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
@@ -143,7 +129,8 @@ def _receiver_class() -> type:
             self.receive_weights(self.parse_update_info(update_info))
 
         def receive_weights(self, update_info: UpdateInfo) -> None:
-            self.model.load_weights(named_for_engine(update_info.bucket, self.model))
+            bucket = update_info.bucket
+            self.model.load_weights(for_engine(bucket.tensors(), bucket.tied, held_modules(self.model)))
 
         def finish_weight_update(self) -> None:
             finalize_layerwise_reload(self.model, self.model_config)

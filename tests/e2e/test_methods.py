@@ -63,6 +63,8 @@ def test_a_reward_a_divergence_of_ones_own_and_sampled_tokens_in_streaming(train
     changes = {
         "objective": {"type": "sum", "terms": terms},
         "reward": {"path": f"{tmp_path / 'reward.py'}:share_of_a", "kwargs": {"scale": 2.0}},
+        "teacher.signal": "top_k",
+        "teacher.top_k": 4,
         "sync.max_staleness": 1,
         "trainer.max_steps": STEPS,
     }

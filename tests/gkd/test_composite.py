@@ -204,6 +204,27 @@ def test_critics_learn_with_the_weights_that_the_student_learns_with():
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+@pytest.mark.parametrize("samples", ["student", "dataset"])
+def test_critics_learn_on_the_text_that_their_term_is_of(samples):
+    """Those of its tokens learn as without a sum around them, those of the others do not learn."""
+    inputs, _, _ = problem()
+    hidden = torch.randn(TOKENS, 3, generator=torch.Generator().manual_seed(6))
+    inputs = replace(inputs, student=FrozenLogits(inputs.student), student_hidden_TH=hidden)
+    plain = {"type": "moment_matching", "trunk": "student", "critic": {"init_scale": 0.5}}
+    (alone,), (critics,) = (
+        adversaries_of(built(config)) for config in (plain, total({"objective": plain, "samples": samples}))
+    )
+    for one in (alone, critics):
+        one.prepare(inputs, seed=0)
+    counted_T = MASK & (OWN_T if samples == "student" else ~OWN_T)
+    expected, loss = (one.loss(inputs).loss_T for one in (alone, critics))
+    torch.testing.assert_close(loss[MASK], torch.where(counted_T, expected, 0.0)[MASK])
+    (loss * MASK).sum().backward()
+    learnt = [parameter.grad is not None and bool(parameter.grad.any()) for parameter in critics.parameters()]
+    of_dataset, of_student = learnt[: len(learnt) // 2], learnt[len(learnt) // 2 :]
+    assert (any(of_dataset), any(of_student)) == (samples == "dataset", samples == "student")
+
+
 @pytest.mark.parametrize("around", ["it", "a sum"])
 def test_weights_do_not_go_with_credit_for_what_comes_later(around):
     matching, weight = {"type": "moment_matching", "future_credit": "mc"}, {"token_weight": {"type": "entropy"}}
@@ -318,6 +339,7 @@ def test_the_example_of_a_users_own_objective():
         (custom("custom_objectives:Plain", kwargs={"scale": "x"}), "fails when called: TypeError"),
         (custom("custom_objectives:Plain", kwargs={"wrong": "mean"}), r"returned \(\) of float32 as loss_T.*5 tokens"),
         (custom("custom_objectives:Plain", kwargs={"wrong": "graph"}), "does not depend on the student"),
+        (custom("custom_objectives:Plain", kwargs={"wrong": "infinite"}), "a loss that is inf"),
         (custom("custom_objectives:Plain", kwargs={"wrong": "mask"}), "inputs' mask leaves out"),
         (custom("custom_objectives:Plain", kwargs={"wrong": "mask type"}), r"\(5,\) of float32 as mask_T"),
         (custom("custom_objectives:Plain", kwargs={"wrong": "metric"}), r"returned \(\) of float32 as gap"),

@@ -25,6 +25,7 @@ OPTIONS = {
     "skew_forward_kl": {"alpha": 0.1},
     "skew_reverse_kl": {"alpha": 0.1},
     "total_variation": {},
+    "adaptive_kl": {"head_mass": 0.5},
 }
 
 

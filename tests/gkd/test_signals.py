@@ -82,6 +82,37 @@ def test_a_top_k_signal_is_a_proper_distribution_and_never_exceeds_the_exact_div
         assert name not in F_DIVERGENCES or (sparse <= exact * (1 + 1e-4) + 1e-4).all()
 
 
+def squared_gap(student_tW, teacher_tW):
+    """A divergence of a user's own, who knows nothing of outcomes that cannot be."""
+    student_tW, teacher_tW = student_tW.log_softmax(-1), teacher_tW.log_softmax(-1)
+    return 0.5 * (teacher_tW.exp() * (student_tW - teacher_tW) ** 2).sum(-1)
+
+
+@pytest.mark.parametrize("k", [2, 9])
+def test_a_users_divergence_sees_no_outcome_that_a_token_lacks(k):
+    """The sampled token is mostly among the teacher's, and at k = 9 nothing is left for the bucket."""
+    student, teacher, ids = pair()
+    chosen = student.detach().topk(3).indices
+    signal = top_k_signal(WholeLogits(teacher), ids, k=k, temperature=1.0, student_ids_TM=chosen)
+    assert (signal.ids_TK < 0).any()
+    logits = student.detach().double().requires_grad_()
+    expected = []
+    for t in range(6):
+        kept = [i for i in signal.ids_TK[t].tolist() if i >= 0]
+        others = [i for i in range(9) if i not in kept]
+        parts = []
+        for row in (logits[t], teacher[t].double()):
+            p = row.softmax(-1)
+            parts.append(torch.cat([p[kept], p[others].sum()[None]] if others else [p[kept]]).log()[None])
+        expected.append(squared_gap(*parts))
+    expected = torch.cat(expected)
+    expected.sum().backward()
+    loss = squared_gap(*view(signal).pair(student, slice(0, 6), temperature=1.0))
+    loss.sum().backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(student.grad.double(), logits.grad, rtol=1e-4, atol=1e-5)
+
+
 def test_an_adaptive_kl_of_a_few_tokens_may_exceed_the_exact_one():
     """One bucket is another tail, and so the two KLs get other weights: it is no f-divergence."""
     teacher = torch.tensor([[0.33, 0.24, 0.22, 0.21]]).log()

@@ -2,7 +2,8 @@ import pytest
 import torch
 from tiny import make_model, save_model
 
-from rollout.weights.object_store import ObjectStoreSender, named_for_engine
+from rollout.weights.object_store import ObjectStoreSender
+from rollout.weights.packed import for_engine, held_modules
 from trainer.weights import checkpoint_weights, tied_names
 
 
@@ -74,7 +75,9 @@ def test_a_tied_head_is_sent_only_to_engines_that_hold_one(tmp_path):
     bucket = message["bucket"]
     holds_head = torch.nn.ModuleDict({"model": torch.nn.Linear(1, 1), "lm_head": torch.nn.Linear(1, 1)})
     has_none = torch.nn.ModuleDict({"model": torch.nn.Linear(1, 1)})
-    with_head, without = (dict(named_for_engine(bucket, engine)) for engine in (holds_head, has_none))
+    with_head, without = (
+        dict(for_engine(bucket.tensors(), bucket.tied, held_modules(engine))) for engine in (holds_head, has_none)
+    )
     assert set(with_head) - set(without) == {"lm_head.weight"}
     assert torch.equal(with_head["lm_head.weight"], with_head["model.embed_tokens.weight"])
 
