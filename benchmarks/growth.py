@@ -130,7 +130,7 @@ def _run(case: Case) -> dict[str, Any]:
         "stages_s": {stage: found[f"{stage}_s"] for stage in STAGES},
         "largest_bytes": memory["largest"],
         "largest_name": memory["largest_name"],
-        "worker_bytes": {kind: memory["by_process"][process] for kind, process in WORKERS.items()},
+        "worker_bytes": {kind: memory["own"][process] for kind, process in WORKERS.items()},
         "over_idle_bytes": memory["peak"] - memory["idle"],
     }
 

@@ -1,6 +1,9 @@
 """The cases of the speed benchmarks, and what is made of figures that are known; the runs are too long for a test."""
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from itertools import chain
 
@@ -13,7 +16,7 @@ from tiny import make_model
 
 from benchmarks import growth, overlap, plan, sync, transport
 from benchmarks.speed import __main__ as speed
-from benchmarks.speed import cases, floor, plot, table
+from benchmarks.speed import cases, floor, memory, plot, table
 from benchmarks.speed.ours import config_tree
 from gkd.config import parse_config
 from gkd.config.models import TeacherConfig
@@ -105,7 +108,7 @@ def test_a_case_of_several_axes_runs_once(monkeypatch, tmp_path):
         ran.append(case.name)
         seconds = {f"{stage}_s": 0.1 for stage in growth.STAGES}
         memory = {"largest": 2_000_000_000, "largest_name": "ray::it", "idle": 1_000_000_000, "peak": 1_500_000_000}
-        memory["by_process"] = dict.fromkeys(growth.WORKERS.values(), 2_000_000_000)
+        memory["own"] = dict.fromkeys(growth.WORKERS.values(), 2_000_000_000)
         for made in ("checkpoints", "export", "kept"):
             (case.folder / "gkd" / made).mkdir(parents=True)
         return {"tokens": 100.0 * case.batch, "step_s": 0.5, "memory": memory} | seconds
@@ -164,6 +167,39 @@ def test_a_plan_is_compared_with_every_case_that_was_measured(written, monkeypat
     )
     plan.plot(found, tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 0
+
+
+_HOLDS = """
+import mmap, sys
+before = b"x" * 60_000_000
+print("loaded", flush=True)
+sys.stdin.readline()
+shared = mmap.mmap(-1, 40_000_000)
+for at in range(0, 40_000_000, 4096):
+    shared[at] = 1
+more = b"x" * 30_000_000
+print("worked", flush=True)
+sys.stdin.readline()
+"""
+
+
+def test_memory_is_watched_with_and_without_what_is_shared(monkeypatch):
+    monkeypatch.setattr(memory, "EVERY_S", 0.01)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", _HOLDS], text=True, **pipes) as process:
+        watch = memory.MemoryWatch(process.pid)
+        assert process.stdout.readline() == "loaded\n"
+        watch.mark_idle()
+        process.stdin.write("\n")
+        process.stdin.flush()
+        assert process.stdout.readline() == "worked\n"
+        time.sleep(0.5)
+        found = watch.close()
+        process.communicate("\n")
+    assert found.largest_name in found.own and len(found.own) == 1
+    assert found.largest - found.own[found.largest_name] == pytest.approx(40e6, abs=2e6)
+    assert found.own[found.largest_name] > 90e6
+    assert found.peak - found.idle == pytest.approx(70e6, abs=memory._MORE_BYTES)
 
 
 def test_every_form_of_signal_is_read_whole():

@@ -1,9 +1,10 @@
 """What a process and all that it started hold, looked at from outside."""
 
-import subprocess
+import re
 import threading
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -21,8 +22,9 @@ class Memory:
     """Resident in one process: the most that any had."""
     largest_name: str
     """Which process that was."""
-    by_process: dict[str, int]
-    """Name of a process, without what it is doing -> the most resident in any of that name."""
+    own: dict[str, int]
+    """Name of a process, without what it is doing -> the most resident in any of that name, shared memory left out:
+    pages of Ray's object store are resident in everyone who has touched them, and are nobody's own."""
     idle: int
     """PSS of all processes together (pages that several share count once) when the models were loaded."""
     peak: int
@@ -36,9 +38,11 @@ class MemoryWatch:
     wait meanwhile; so that is asked only when there is more resident than before.
     """
 
-    def __init__(self, process: "subprocess.Popen[str]") -> None:
-        self._root = psutil.Process(process.pid)
-        self._by_process: dict[str, int] = {}
+    def __init__(self, pid: int) -> None:
+        """`pid` is the first process's."""
+        self._root = psutil.Process(pid)
+        self._largest: tuple[int, str] = (0, "")
+        self._own: dict[str, int] = {}
         self._idle, self._peak = 0, 0
         self._most_resident = 0
         self._done = threading.Event()
@@ -53,11 +57,11 @@ class MemoryWatch:
         """Stop looking."""
         self._done.set()
         self._thread.join()
-        largest_name = max(self._by_process, key=lambda name: self._by_process[name])
+        largest, largest_name = self._largest
         return Memory(
-            largest=self._by_process[largest_name],
+            largest=largest,
             largest_name=largest_name,
-            by_process=self._by_process,
+            own=self._own,
             idle=self._idle,
             peak=max(self._peak, self._idle),
         )
@@ -73,11 +77,12 @@ class MemoryWatch:
         """Of all processes, pages that several share counted for each; remembers the most that each had."""
         total = 0
         for process in self._processes():
-            with suppress(psutil.NoSuchProcess):
-                resident = process.memory_info().rss
+            with suppress(psutil.NoSuchProcess, FileNotFoundError, ProcessLookupError):
+                resident, shared = resident_bytes(process.pid)
                 total += resident
                 name = _name(process)
-                self._by_process[name] = max(resident, self._by_process.get(name, 0))
+                self._largest = max(self._largest, (resident, name))
+                self._own[name] = max(resident - shared, self._own.get(name, 0))
         return total
 
     def _shared_out(self) -> int:
@@ -93,6 +98,17 @@ class MemoryWatch:
             return [self._root, *self._root.children(recursive=True)]
         except psutil.NoSuchProcess:
             return []
+
+
+def resident_bytes(pid: int) -> tuple[int, int]:
+    """Of a process, and how much of that is shared memory (libraries and other files are not in it).
+
+    Raises:
+        FileNotFoundError, ProcessLookupError: if it has ended.
+    """
+    status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
+    kilobytes = dict(re.findall(r"^(VmRSS|RssShmem):\s+(\d+) kB$", status, flags=re.MULTILINE))
+    return int(kilobytes.get("VmRSS", 0)) * 1024, int(kilobytes.get("RssShmem", 0)) * 1024  # none are a zombie's
 
 
 def _name(process: Any) -> str:

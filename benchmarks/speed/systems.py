@@ -24,7 +24,7 @@ def run_system(case: Case, system: str, *arguments: str) -> dict[str, Any]:
     with log.open("w", encoding="utf-8") as errors:
         begun = time.monotonic()
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True)
-        watch = MemoryWatch(process)
+        watch = MemoryWatch(process.pid)
         assert process.stdout is not None
         for line in process.stdout:
             if line.strip() == READY:

@@ -93,7 +93,7 @@ def test_a_plain_run_on_a_cpu_host():
         "activations": 3 * layer,
         "logits": 4 * 30 * 100 * 14,
     }
-    assert found["rollout"].parts == {"weights": 4000, "key-value cache": 2 * GIB}
+    assert found["rollout"].parts == {"weights": 4000, "key-value cache": 2 * GIB, "reloading": 3 * 1200}
     assert found["teacher"].parts == {
         "weights": 10_000,
         "activations": 40 * (16 * 20 + 4 * 50) * 2,
