@@ -46,7 +46,7 @@ ACCURACY = (
 """Of exact match."""
 OF_OTHERS = tuple(
     Comparison(first=method, second=second)
-    for second in ("sft", "kd", "gkd_forward_kl", "gkd_jsd_0.5")
+    for second in ("sft", "kd")
     for method in OTHERS
 )
 """Of exact match, of the methods that fewer students were trained with."""
