@@ -64,16 +64,26 @@ class _Chunks:
         That of the head's weights is added up in `apart`.
         """
         gradient_TH = torch.zeros_like(self._hidden_TH)
-        parts = []
+        # Written into what is there: a small tensor that outlives its chunk may lie where a large one was, and then the
+        # allocator has no place for the next chunk's and takes more memory with every chunk.
+        wholes: list[torch.Tensor] = []
         for span in self._spans:
-            hidden_tH = self._hidden_TH[span].requires_grad_()
-            with torch.enable_grad():
-                results = self._function(span, self._head(hidden_tH)[:, : self._num_rows])
-            torch.autograd.backward(results[0], weights_T[span].to(results[0].dtype), inputs=[hidden_tH])
-            assert hidden_tH.grad is not None
-            gradient_TH[span] = hidden_tH.grad
-            parts.append([result.detach() for result in results])
-        return [torch.cat(column) for column in zip(*parts, strict=True)], gradient_TH
+            parts = self._chunk(span, weights_T[span], gradient_TH[span])
+            wholes = wholes or [part.new_empty(len(weights_T)) for part in parts]
+            for whole_T, part_t in zip(wholes, parts, strict=True):
+                whole_T[span] = part_t
+            del parts
+        return wholes, gradient_TH
+
+    def _chunk(self, span: slice, weights_t: torch.Tensor, gradient_tH: torch.Tensor) -> list[torch.Tensor]:
+        """Of one chunk: what the function returns, and into `gradient_tH` the gradient of its weighted loss."""
+        hidden_tH = self._hidden_TH[span].requires_grad_()
+        with torch.enable_grad():
+            results = self._function(span, self._head(hidden_tH)[:, : self._num_rows])
+        torch.autograd.backward(results[0], weights_t.to(results[0].dtype), inputs=[hidden_tH])
+        assert hidden_tH.grad is not None
+        gradient_tH.copy_(hidden_tH.grad)
+        return [result.detach() for result in results]
 
 
 class _Loss(Function):

@@ -44,11 +44,7 @@ ACCURACY = (
     Comparison(first="gkd_jsd_0.5", second="sft"),
 )
 """Of exact match."""
-OF_OTHERS = tuple(
-    Comparison(first=method, second=second)
-    for second in ("sft", "kd")
-    for method in OTHERS
-)
+OF_OTHERS = tuple(Comparison(first=method, second=second) for second in ("sft", "kd") for method in OTHERS)
 """Of exact match, of the methods that fewer students were trained with."""
 IN_EQUAL_TIME = (
     Comparison(first="gkd_jsd_0.5", second="sft"),
