@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -62,15 +62,16 @@ def read_run(folder: Path) -> MeasuredRun:
         raise UserError("--run", str(folder), "has no step yet.", "Name a run with some steps.")
     syncs = [line["sync/seconds"] for line in lines if line["sync/seconds"] > 0]
     sync_s = median(syncs) / config.sync.every_steps if syncs else 0.0
+    in_turn = Stages(
+        rollout_s=_rollout_seconds(config, lines, sync_s, folder),
+        teacher_s=_median(lines, "time/teacher_s") / (split_of(config).teachers or 1),
+        train_s=_median(lines, "time/train_s"),
+        sync_s=sync_s,
+    )
     return MeasuredRun(
         config=config,
         lines=lines,
-        stages=Stages(
-            rollout_s=_rollout_seconds(config, lines, sync_s, folder),
-            teacher_s=_median(lines, "time/teacher_s") / (split_of(config).teachers or 1),
-            train_s=_median(lines, "time/train_s"),
-            sync_s=sync_s,
-        ),
+        stages=replace(in_turn, scored_meanwhile=_scored_meanwhile(config, in_turn, _median(lines, "time/step_s"))),
         response_tokens=_median(lines, "tokens/trained") / config.trainer.batch_size,
     )
 
@@ -90,6 +91,14 @@ def _rollout_seconds(config: Config, lines: Sequence[Mapping[str, Any]], sync_s:
             "Name a run with fewer of these.",
         )
     return busy_s
+
+
+def _scored_meanwhile(config: Config, in_turn: Stages, step_s: float) -> float:
+    """Of a strictly on-policy run what its steps are shorter than their stages in turn, over the scoring; in streaming
+    nothing tells it."""
+    if config.sync.max_staleness or not (in_turn.rollout_s and in_turn.teacher_s):
+        return 0.0
+    return min(1.0, max(0.0, in_turn.round_trip_s - step_s) / in_turn.teacher_s)
 
 
 def _median(lines: Sequence[Mapping[str, Any]], key: str) -> float:
@@ -131,6 +140,7 @@ def rates_of_run(run: MeasuredRun) -> Rates:
         teacher=_per_second(work.teacher_share(split.teachers) / teacher_devices(config), stages.teacher_s),
         train=_per_second(work.train_share(split.ranks), stages.train_s),
         sync_s=stages.sync_s * config.sync.every_steps,
+        scored_meanwhile=stages.scored_meanwhile,
     )
 
 

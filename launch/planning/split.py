@@ -75,7 +75,13 @@ def best_split(config: Config, work: Workload, rates: Rates, *, devices: int, fi
         used = engine.devices + teacher.devices + rank.devices
         if used > free:
             continue
-        stages = Stages(rollout_s=engine.seconds, teacher_s=teacher.seconds, train_s=rank.seconds, sync_s=sync_s)
+        stages = Stages(
+            rollout_s=engine.seconds,
+            teacher_s=teacher.seconds,
+            train_s=rank.seconds,
+            sync_s=sync_s,
+            scored_meanwhile=rates.scored_meanwhile,
+        )
         found = (step_seconds(stages, batches_under_way=under_way), used)
         if best is None or found < best[:2]:
             best = (*found, Split(engines=engine.number, teachers=teacher.number, ranks=rank.number))

@@ -6,7 +6,8 @@ at least the round trip over k + 1; and it takes at least as long as it keeps an
 is the step. At k = 0 that is the sum of all stages, with a large k the largest. A sync keeps the trainer waiting, and
 the engines from writing.
 
-Scoring is taken to begin when a batch is written: a group is complete with its longest response, which comes late.
+How much of a batch is scored while the rest of it is still being written depends on how lengths vary; it is taken to
+be nothing, unless a strictly on-policy run has shown it.
 """
 
 from dataclasses import dataclass
@@ -29,11 +30,13 @@ class Stages:
     """Of the trainer's ranks."""
     sync_s: float
     """Of trainer and engines, to bring the engines to the new version; over the steps between two syncs."""
+    scored_meanwhile: float = 0.0
+    """Share of the scoring that is done while others of the batch are still being written."""
 
     @property
     def round_trip_s(self) -> float:
         """Of a batch that nothing else is in the way of."""
-        return self.rollout_s + self.teacher_s + self.train_s + self.sync_s
+        return self.rollout_s + (1 - self.scored_meanwhile) * self.teacher_s + self.train_s + self.sync_s
 
     @property
     def busy_s(self) -> dict[Bound, float]:

@@ -45,6 +45,8 @@ class Rates:
     """Of a training rank."""
     sync_s: float | None
     """Seconds of one weight sync."""
+    scored_meanwhile: float = 0.0
+    """As of `Stages`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,6 +163,7 @@ def stages_of(config: Config, work: Workload, split: Split, rates: Rates) -> Sta
         teacher_s=teacher / rates.teacher if rates.teacher else 0.0,
         train_s=work.train_share(split.ranks) / rates.train if rates.train else 0.0,
         sync_s=(rates.sync_s or 0.0) / config.sync.every_steps if config.needs_rollouts else 0.0,
+        scored_meanwhile=rates.scored_meanwhile,
     )
 
 

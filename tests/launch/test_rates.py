@@ -30,6 +30,21 @@ def test_a_strictly_on_policy_run(tmp_path):
     assert stages_of(run.config, work, split_of(run.config), rates) == run.stages
 
 
+@pytest.mark.parametrize(("step_s", "share"), [(8.5, 0.5), (7.0, 1.0), (5.0, 1.0), (11.0, 0.0)])
+def test_what_is_scored_while_others_are_written_is_seen_in_the_steps_length(step_s, share, tmp_path):
+    """Stages in turn would take 10 s, of which 3 s are scoring; more than all of it cannot be done meanwhile."""
+    run = run_of(tmp_path, LINE | {"time/step_s": step_s})
+    assert run.stages.scored_meanwhile == pytest.approx(share)
+    assert step_seconds(run.stages, batches_under_way=1) == pytest.approx(min(10.0, max(7.0, step_s)))
+    work = workload_of(run.config, prompt_tokens=0.0, response_tokens=10.0)
+    assert stages_of(run.config, work, split_of(run.config), rates_of_run(run)) == run.stages
+
+
+def test_in_streaming_nothing_tells_what_is_scored_meanwhile(tmp_path):
+    streaming = {"sync": {"max_staleness": 2}}
+    assert run_of(tmp_path, LINE | {"time/step_s": 8.5}, **streaming).stages.scored_meanwhile == 0.0
+
+
 def test_engines_that_run_ahead_write_while_they_do_not_wait(tmp_path):
     streaming = {"sync": {"max_staleness": 2}}
     # 0.4 s of the sync are within their wait, 0.6 s within what looks like work.
