@@ -6,7 +6,7 @@ from itertools import product
 from typing import Literal
 
 from gkd.config import Config
-from launch.planning.step_time import Stages, batches_under_way, step_seconds
+from launch.planning.step_time import batches_under_way, step_seconds
 from launch.planning.workload import (
     Rates,
     Split,
@@ -69,19 +69,13 @@ def best_split(config: Config, work: Workload, rates: Rates, *, devices: int, fi
         counts("ranks", each=1, most=work.sequences),
     )
     under_way = batches_under_way(max_staleness=config.sync.max_staleness, every_steps=config.sync.every_steps)
-    sync_s = stages_of(config, work, own, rates).sync_s
+    configured = stages_of(config, work, own, rates)
     best: tuple[float, int, Split] | None = None
     for engine, teacher, rank in candidates:
         used = engine.devices + teacher.devices + rank.devices
         if used > free:
             continue
-        stages = Stages(
-            rollout_s=engine.seconds,
-            teacher_s=teacher.seconds,
-            train_s=rank.seconds,
-            sync_s=sync_s,
-            scored_meanwhile=rates.scored_meanwhile,
-        )
+        stages = replace(configured, rollout_s=engine.seconds, teacher_s=teacher.seconds, train_s=rank.seconds)
         found = (step_seconds(stages, batches_under_way=under_way), used)
         if best is None or found < best[:2]:
             best = (*found, Split(engines=engine.number, teachers=teacher.number, ranks=rank.number))

@@ -82,6 +82,13 @@ def test_a_top_k_signal_is_a_proper_distribution_and_never_exceeds_the_exact_div
         assert name not in F_DIVERGENCES or (sparse <= exact * (1 + 1e-4) + 1e-4).all()
 
 
+def merged(kept, *logits):
+    """Log-probabilities [1, W] out of logits [V], the rows that are not kept as one outcome, if there are any."""
+    others = [row for row in range(len(logits[0])) if row not in kept]
+    distributions = [row.softmax(-1) for row in logits]
+    return [torch.cat([p[kept], *([p[others].sum()[None]] if others else [])]).log()[None] for p in distributions]
+
+
 def squared_gap(student_tW, teacher_tW):
     """A divergence of a user's own, who knows nothing of outcomes that cannot be."""
     student_tW, teacher_tW = student_tW.log_softmax(-1), teacher_tW.log_softmax(-1)
@@ -99,12 +106,7 @@ def test_a_users_divergence_sees_no_outcome_that_a_token_lacks(k):
     expected = []
     for t in range(6):
         kept = [i for i in signal.ids_TK[t].tolist() if i >= 0]
-        others = [i for i in range(9) if i not in kept]
-        parts = []
-        for row in (logits[t], teacher[t].double()):
-            p = row.softmax(-1)
-            parts.append(torch.cat([p[kept], p[others].sum()[None]] if others else [p[kept]]).log()[None])
-        expected.append(squared_gap(*parts))
+        expected.append(squared_gap(*merged(kept, logits[t], teacher[t].double())))
     expected = torch.cat(expected)
     expected.sum().backward()
     loss = squared_gap(*view(signal).pair(student, slice(0, 6), temperature=1.0))
@@ -134,13 +136,8 @@ def test_the_gradient_of_a_sparse_divergence_is_that_of_the_merged_distributions
     losses = []
     for t in range(4):
         kept = [i for i in signal.ids_TK[t].tolist() if i >= 0]
-        others = [i for i in range(9) if i not in kept]
-        merged = []
-        for row in (logits[t], teacher[t].double()):
-            p = row.softmax(-1)
-            merged.append(torch.cat([p[kept], p[others].sum()[None]]).log()[None])
         twin = TWINS.get(divergence) or getattr(naive, divergence)
-        losses.append(twin(*merged))
+        losses.append(twin(*merged(kept, logits[t], teacher[t].double())))
     expected = torch.cat(losses)
     (expected_gradient,) = torch.autograd.grad(expected.sum(), logits)
     loss, gradient = loss_and_gradient(student, view(signal), divergence=divergence)
